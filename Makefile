@@ -1,0 +1,61 @@
+# Two commands do all their own set-up (virtual environment, installation):
+#   make verify   checks the Triton kernels against the reference on this machine
+#   make test     runs everything that CI runs
+# `make help` lists the rest.
+PYTHON ?= python3
+VENV   := .venv
+BIN    := $(VENV)/bin
+# The build of PyTorch that the project is tested with. Plain pip takes the CUDA build on a Linux machine.
+TORCH  ?= torch==2.13.0
+VERIFY ?=
+JOBS   ?= 2
+
+.PHONY: help verify test lint types unit notebooks docs serve mutants clean
+.DEFAULT_GOAL := help
+
+help: ## list the targets
+	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
+
+$(VENV)/.python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "Python 3.11 or newer is needed; call make PYTHON=/path/to/python3"; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+	@touch $@
+
+$(VENV)/.package: $(VENV)/.python pyproject.toml
+	$(BIN)/python -m pip install --progress-bar off -q '$(TORCH)'
+	$(BIN)/python -m pip install --progress-bar off -q -e .
+	@touch $@
+
+$(VENV)/.dev: $(VENV)/.package
+	$(BIN)/python -m pip install --progress-bar off -q -e '.[dev,docs]'
+	@touch $@
+
+verify: $(VENV)/.package ## check the kernels against the reference (VERIFY="--quick" and so on)
+	$(BIN)/python -m gsa_fast verify $(VERIFY)
+
+test: lint types unit notebooks docs ## everything that CI runs
+
+lint: $(VENV)/.dev ## ruff
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: $(VENV)/.dev ## mypy
+	$(BIN)/mypy
+
+unit: $(VENV)/.dev ## the test suite
+	$(BIN)/python -m pytest -n $(JOBS) --dist worksteal tests
+
+notebooks: $(VENV)/.dev ## execute the notebooks and compare with the stored outputs
+	$(BIN)/python -m pytest --nbval --nbval-current-env -p no:cacheprovider -n $(JOBS) --dist loadscope notebooks
+
+docs: $(VENV)/.dev ## build the site, strictly
+	$(BIN)/python -m mkdocs build --strict
+
+serve: $(VENV)/.dev ## the site at http://127.0.0.1:8000
+	$(BIN)/python -m mkdocs serve
+
+mutants: $(VENV)/.dev ## apply faults to copies of the kernels; every one must turn a check red
+	$(BIN)/python -m tests.mutants
+
+clean: ## remove what the targets above made
+	rm -rf $(VENV) site build *.egg-info .pytest_cache .mypy_cache .ruff_cache

@@ -1,0 +1,259 @@
+"""What "verified" means: error bounds for scores and budgets, the top-k certificate, and the error budget of outputs.
+
+Everything here compares something a kernel returned with GOLD, the equations in float64 on the same rounded inputs.
+NumPy arrays of one sequence, as in `gsa_ref.equations`. The reasoning is on the site's Verify pages.
+"""
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from gsa_ref.equations import sigmoid, token_budget
+
+SIGMOID_ERROR = {
+    # absolute error of σ: fp32 exp, add and divide are each within 2 units in the last place of a value ≤ 2
+    "exact": 8 * 2.0**-24,
+    # tanh.approx.f32 has relative error 2^-11, and σ(x) = ½ + ½·tanh(x/2)
+    "approximate": 2.0**-12,
+}
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """Outcome of one comparison. `error` and `budget` share a unit; `passed` is what counts."""
+
+    passed: bool
+    error: float
+    budget: float
+    detail: str = ""
+
+    def __bool__(self) -> bool:
+        return self.passed
+
+
+def unit_roundoff(dtype: torch.dtype) -> float:
+    """u: half the distance from 1 to the next larger number of `dtype`."""
+    return torch.finfo(dtype).eps / 2
+
+
+def gamma(n: int, u: float = 2.0**-24) -> float:
+    """γ_n = n·u / (1 − n·u), the bound on the relative error of n roundings (Higham, Accuracy and Stability, §3.1)."""
+    return n * u / (1 - n * u)
+
+
+def score_tolerance(
+    q_idx: np.ndarray,
+    k_idx: np.ndarray,
+    head_logits: np.ndarray,
+    bias: np.ndarray,
+    *,
+    scale: float,
+    sigmoid_mode: str = "exact",
+    quantisation: float = 0.0,
+) -> np.ndarray:
+    """ε[t,s]: how far scores computed in float32 may lie from Eq. 7 in exact arithmetic.
+
+    With z_j = scale·q_j·k + b_j and w_j = σ(head_logits_j):
+    ε = Σ_j [ w_j (|Δz_j|/4 + δ_σ) + |Δw_j| ] + accumulation + quantisation, because σ is ¼-Lipschitz and below 1, and
+    |Δz_j| ≤ |scale|·γ_{d_I+2} Σ|q||k| + 2u(|z_j| + |b_j|).
+
+    Args:
+        q_idx: [L, H_I, d_I].
+        k_idx: [S, d_I].
+        head_logits: [L, H_I].
+        bias: [H_I].
+        sigmoid_mode: "exact" (float32 exp) or "approximate" (tanh.approx).
+        quantisation: δ_quant, for scores stored in fewer bits.
+
+    Returns:
+        float64 [L, S].
+    """
+    q_idx, k_idx, head_logits, bias = (np.asarray(x, np.float64) for x in (q_idx, k_idx, head_logits, bias))
+    u = 2.0**-24
+    delta_sigmoid = SIGMOID_ERROR[sigmoid_mode]
+    _, H_I, d_I = q_idx.shape
+    weight = sigmoid(head_logits)
+    tolerance = np.full((len(q_idx), len(k_idx)), quantisation)
+    for j in range(H_I):
+        z = scale * (q_idx[:, j] @ k_idx.T) + bias[j]
+        magnitude = np.abs(q_idx[:, j]) @ np.abs(k_idx).T
+        delta_z = abs(scale) * gamma(d_I + 2) * magnitude + 2 * u * (np.abs(z) + abs(bias[j]))
+        # σ never moves by more than 1, however large Δz is.
+        tolerance += weight[:, j, None] * (np.minimum(delta_z / 4, 1) + delta_sigmoid) + delta_sigmoid
+    return tolerance + gamma(2 * H_I) * weight.sum(-1)[:, None]
+
+
+def score_verdict(scores: np.ndarray, gold: np.ndarray, tolerance: np.ndarray) -> Verdict:
+    """Materialised scores against gold, entry by entry: |scores − gold| ≤ ε, and the same −inf and NaN."""
+    scores = np.asarray(scores, np.float64)
+    same = (np.isnan(scores) == np.isnan(gold)) & (np.isinf(scores) == np.isinf(gold))
+    if not same.all():
+        t, s = np.argwhere(~same)[0]
+        return Verdict(False, math.inf, 0.0, f"score [{t}, {s}] is {scores[t, s]}, gold {gold[t, s]}")
+    finite = np.isfinite(gold)
+    if not finite.any():
+        return Verdict(True, 0.0, 0.0)
+    error, budget = np.abs(scores - gold)[finite], tolerance[finite]
+    worst = int(np.argmax(error / budget))
+    return Verdict(bool((error <= budget).all()), float(error[worst]), float(budget[worst]))
+
+
+def variance_interval(
+    variance: np.ndarray, tolerance: np.ndarray, largest: np.ndarray, n: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """The interval in which a float32 variance of scores within `tolerance` of gold must lie.
+
+    The standard deviation is 1-Lipschitz in the largest change of a score: |√V̂ − √V| ≤ max ε. Summing the squares in
+    blocks of at least 16 adds a relative γ, an error of the mean adds its square to V.
+
+    Args:
+        variance: gold V, [L].
+        tolerance: largest ε of each row, [L].
+        largest: largest |score| of each row, [L].
+        n: number of valid scores of each row, [L].
+    """
+    roundings = np.asarray(n) / 16 + 24
+    relative = roundings * 2.0**-24
+    slack = tolerance + 2 * relative * largest
+    std = np.sqrt(variance)
+    return np.maximum(std - slack, 0) ** 2 * (1 - 2 * relative), (std + slack) ** 2 * (1 + 2 * relative)
+
+
+def budget_interval(
+    variance: np.ndarray,
+    tolerance: np.ndarray,
+    largest: np.ndarray,
+    mean_variance: float,
+    n_valid: np.ndarray,
+    *,
+    k_base: int,
+    k_min: int,
+    k_max: int,
+    rule: str,
+) -> tuple[np.ndarray, np.ndarray]:
+    """Smallest and largest budget k_t that Eq. 8 gives for a variance inside `variance_interval`, [L] each."""
+    ends = []
+    for end in variance_interval(variance, tolerance, largest, n_valid):
+        for nudge in (1 - 2.0**-22, 1 + 2.0**-22):  # the division and the product of Eq. 8, in float32
+            sizes = {"k_base": k_base, "k_min": k_min, "k_max": k_max}
+            ends.append(token_budget(end * nudge, mean_variance, n_valid, rule=rule, **sizes))
+    return np.minimum.reduce(ends), np.maximum.reduce(ends)
+
+
+@dataclass(frozen=True)
+class Certificate:
+    """Outcome of `topk_certificate` for one row.
+
+    Attributes:
+        passed: whether some scores within the tolerance give exactly this selection.
+        reason: the first violated condition, empty if none.
+        near_threshold: how many positions lie so near the threshold that rounding may decide them.
+    """
+
+    passed: bool
+    reason: str = ""
+    near_threshold: int = 0
+
+    def __bool__(self) -> bool:
+        return self.passed
+
+
+def topk_certificate(
+    indices: np.ndarray, count: int, scores: np.ndarray, tolerance: np.ndarray | float, budget: int
+) -> Certificate:
+    """Decide whether a row of a selection is right, given that its scores were within `tolerance` of gold.
+
+    Rounding near the threshold makes different sets legitimate. A set I of κ = min(k_t, |A|) valid positions A is
+    accepted if and only if some scores Ŝ with |Ŝ − S| ≤ ε select it under the tie rule (lower position first):
+    for every o ∈ A∖I and i ∈ I: S_o − ε_o < S_i + ε_i, or both are equal and i < o. NaN counts as −∞.
+
+    Args:
+        indices: one row of `Selection.indices`, [K].
+        count: its entry of `Selection.counts`.
+        scores: gold scores of the row, [S], −inf where masked.
+        tolerance: ε, [S] or one number. 0 is the exact test.
+        budget: k_t.
+    """
+    indices, scores = np.asarray(indices), np.asarray(scores, np.float64)
+    available = scores != -np.inf
+    kappa = min(max(int(budget), 0), int(available.sum()))
+    if count != kappa:
+        return Certificate(False, f"count is {count}, expected {kappa}")
+    chosen, tail = indices[:kappa], indices[kappa:]
+    if len(chosen) != kappa:
+        return Certificate(False, f"{len(chosen)} slots cannot hold {kappa} positions")
+    if (tail != -1).any():
+        return Certificate(False, f"tail holds {tail[tail != -1][0]}, expected −1")
+    if ((chosen < 0) | (chosen >= len(scores))).any():
+        return Certificate(False, f"position outside [0, {len(scores)}) in {chosen.tolist()}")
+    if not available[chosen].all():
+        return Certificate(False, f"position {chosen[~available[chosen]][0]} is masked")
+    if (np.diff(chosen) <= 0).any():
+        return Certificate(False, f"positions are not strictly ascending: {chosen.tolist()}")
+    inside = np.zeros(len(scores), bool)
+    inside[chosen] = True
+    outside = np.flatnonzero(available & ~inside)
+    if kappa == 0 or len(outside) == 0:
+        return Certificate(True)
+    value = np.where(np.isnan(scores), -np.inf, scores)
+    epsilon = np.broadcast_to(np.asarray(tolerance, np.float64), scores.shape)
+    upper, lower = value[chosen] + epsilon[chosen], value[outside] - epsilon[outside]
+    weakest = upper.min()
+    last_weakest = chosen[upper == weakest].max()
+    wrong = (lower > weakest) | ((lower == weakest) & (outside < last_weakest))
+    if wrong.any():
+        o = outside[wrong][0]
+        return Certificate(
+            False, f"left out position {o} (score {scores[o]}), kept {last_weakest} (score {scores[last_weakest]})"
+        )
+    threshold = np.sort(value[available])[::-1][kappa - 1]
+    with np.errstate(invalid="ignore"):
+        near = np.abs(value[available] - threshold) <= 2 * epsilon[available]
+    return Certificate(True, near_threshold=int(near.sum()))
+
+
+def error_budget(
+    output: np.ndarray,
+    baseline: np.ndarray,
+    gold: np.ndarray,
+    dtype: torch.dtype,
+    *,
+    factor: float = 2.0,
+    cap: float = math.inf,
+) -> Verdict:
+    """A kernel's dense output against gold, measured by what plain PyTorch loses in the same precision.
+
+    max|output − gold| ≤ min(factor · max|baseline − gold| + 2u·max|gold|, cap), the mean error under the same rule, and
+    NaN and infinities in the same places.
+
+    Args:
+        output: what the kernel returned.
+        baseline: what PyTorch returned for the same rounded inputs in the same dtype.
+        gold: the equations in float64.
+        dtype: of the output; gives the unit roundoff u.
+        factor: 2 for outputs, 3 for gradients.
+        cap: an absolute bound as well, because a bad baseline loosens the ratio.
+    """
+    output, baseline, gold = (np.asarray(x, np.float64) for x in (output, baseline, gold))
+    for kind, test in (("NaN", np.isnan), ("+inf", np.isposinf), ("−inf", np.isneginf)):
+        differs = test(output) != test(gold)
+        if differs.any():
+            where = tuple(int(i) for i in np.argwhere(differs)[0])
+            return Verdict(False, math.inf, 0.0, f"{kind} differs at {where}: got {output[where]}, gold {gold[where]}")
+    finite = np.isfinite(gold)
+    if not finite.any():
+        return Verdict(True, 0.0, 0.0)
+    error = np.abs(output - gold)[finite]
+    reference = np.abs(baseline - gold)[finite]
+    reference = reference[np.isfinite(reference)]
+    floor = 2 * unit_roundoff(dtype) * float(np.abs(gold[finite]).max())
+    worst_reference, mean_reference = (
+        (float(reference.max()), float(reference.mean())) if len(reference) else (0.0, 0.0)
+    )
+    budget = min(factor * worst_reference + floor, cap)
+    mean_budget = factor * mean_reference + floor
+    passed = bool(error.max() <= budget and error.mean() <= mean_budget)
+    detail = "" if passed else f"mean error {error.mean():.3g}, mean budget {mean_budget:.3g}"
+    return Verdict(passed, float(error.max()), budget, detail)
