@@ -13,7 +13,8 @@ import torch
 from gsa_ref.equations import sigmoid, token_budget
 
 SIGMOID_ERROR = {
-    # absolute error of σ: fp32 exp, add and divide are each within 2 units in the last place of a value ≤ 2
+    # σ = e/(1+e) or 1/(1+e) with e = exp(−|x|). exp has relative error (4 + |x|)u (2^-22 plus the rounding of x·log2 e),
+    # which σ' scales to at most 1.3u; the sum adds u, the approximate division 4u.
     "exact": 8 * 2.0**-24,
     # tanh.approx.f32 has relative error 2^-11, and σ(x) = ½ + ½·tanh(x/2)
     "approximate": 2.0**-12,
@@ -88,14 +89,16 @@ def score_tolerance(
 def score_verdict(scores: np.ndarray, gold: np.ndarray, tolerance: np.ndarray) -> Verdict:
     """Materialised scores against gold, entry by entry: |scores − gold| ≤ ε, and the same −inf and NaN."""
     scores = np.asarray(scores, np.float64)
-    same = (np.isnan(scores) == np.isnan(gold)) & (np.isinf(scores) == np.isinf(gold))
+    if scores.shape != gold.shape:
+        return Verdict(False, math.inf, 0.0, f"shape is {list(scores.shape)}, gold {list(gold.shape)}")
+    same = np.isfinite(gold) & np.isfinite(scores) | (scores == gold) | np.isnan(scores) & np.isnan(gold)
     if not same.all():
         t, s = np.argwhere(~same)[0]
         return Verdict(False, math.inf, 0.0, f"score [{t}, {s}] is {scores[t, s]}, gold {gold[t, s]}")
     finite = np.isfinite(gold)
     if not finite.any():
         return Verdict(True, 0.0, 0.0)
-    error, budget = np.abs(scores - gold)[finite], tolerance[finite]
+    error, budget = np.abs(scores[finite] - gold[finite]), tolerance[finite]
     worst = int(np.argmax(error / budget))
     return Verdict(bool((error <= budget).all()), float(error[worst]), float(budget[worst]))
 
@@ -198,7 +201,8 @@ def topk_certificate(
     if kappa == 0 or len(outside) == 0:
         return Certificate(True)
     value = np.where(np.isnan(scores), -np.inf, scores)
-    epsilon = np.broadcast_to(np.asarray(tolerance, np.float64), scores.shape)
+    # A NaN score ranks last whatever its tolerance, which is NaN too.
+    epsilon = np.where(np.isnan(scores), 0.0, np.asarray(tolerance, np.float64))
     upper, lower = value[chosen] + epsilon[chosen], value[outside] - epsilon[outside]
     weakest = upper.min()
     last_weakest = chosen[upper == weakest].max()
@@ -237,6 +241,8 @@ def error_budget(
         cap: an absolute bound as well, because a bad baseline loosens the ratio.
     """
     output, baseline, gold = (np.asarray(x, np.float64) for x in (output, baseline, gold))
+    if output.shape != gold.shape:
+        return Verdict(False, math.inf, 0.0, f"shape is {list(output.shape)}, gold {list(gold.shape)}")
     for kind, test in (("NaN", np.isnan), ("+inf", np.isposinf), ("−inf", np.isneginf)):
         differs = test(output) != test(gold)
         if differs.any():
@@ -245,9 +251,9 @@ def error_budget(
     finite = np.isfinite(gold)
     if not finite.any():
         return Verdict(True, 0.0, 0.0)
-    error = np.abs(output - gold)[finite]
-    reference = np.abs(baseline - gold)[finite]
-    reference = reference[np.isfinite(reference)]
+    error = np.abs(output[finite] - gold[finite])
+    comparable = finite & np.isfinite(baseline)
+    reference = np.abs(baseline[comparable] - gold[comparable])
     floor = 2 * unit_roundoff(dtype) * float(np.abs(gold[finite]).max())
     worst_reference, mean_reference = (
         (float(reference.max()), float(reference.mean())) if len(reference) else (0.0, 0.0)

@@ -1,7 +1,7 @@
 """The whole layer (Eq. 6): projections, value gate, indexer, selection, sparse SDPA, output gate, output projection."""
 
 from collections.abc import Callable
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Float, Int32
@@ -41,11 +41,6 @@ class GatedSparseAttention(nn.Module):
     budget depends neither on its batch neighbours nor on its future.
     """
 
-    # What a subclass replaces to run other kernels on the same parameters.
-    _indexed_selection: ClassVar[Callable[..., Any]] = staticmethod(indexed_selection)
-    _sparse_attention: ClassVar[Callable[..., Any]] = staticmethod(sparse_attention)
-    _apply_gate: ClassVar[Callable[..., Any]] = staticmethod(apply_gate)
-
     mean_variance: Tensor
     pending_variance_sum: Tensor
     pending_variance_count: Tensor
@@ -55,6 +50,10 @@ class GatedSparseAttention(nn.Module):
         if not isinstance(config, GSAConfig):
             raise TypeError(f"config: expected a GSAConfig, got {type(config).__name__}")
         self.config = c = config
+        # What a subclass replaces to run other kernels on the same parameters.
+        self._indexed_selection: Callable[..., Any] = indexed_selection
+        self._sparse_attention: Callable[..., Any] = sparse_attention
+        self._apply_gate: Callable[..., Any] = apply_gate
         self.W_q = nn.Linear(c.d, c.H * c.d_h, bias=False)
         self.W_k = nn.Linear(c.d, c.H_kv * c.d_h, bias=False)
         self.W_v = nn.Linear(c.d, c.H_kv * c.d_h, bias=False)
@@ -70,6 +69,16 @@ class GatedSparseAttention(nn.Module):
             self.register_buffer("mean_variance", torch.zeros((), dtype=torch.float32))
             self.register_buffer("pending_variance_sum", torch.zeros((), dtype=torch.float32))
             self.register_buffer("pending_variance_count", torch.zeros((), dtype=torch.int64))
+
+    def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> "GatedSparseAttention":
+        # .half() and .to(bfloat16) cast buffers too: V̄ would lose its small steps, so it stays float32.
+        kept = {name: buffer for name, buffer in self.named_buffers(recurse=False) if buffer.is_floating_point()}
+        super()._apply(fn, recurse)
+        for name, buffer in kept.items():
+            moved = self._buffers[name]
+            if moved is not None and moved.dtype != buffer.dtype:
+                self._buffers[name] = buffer.to(moved.device)
+        return self
 
     def forward(
         self,
@@ -108,18 +117,20 @@ class GatedSparseAttention(nn.Module):
             padding = torch.arange(L, device=h.device) >= n_new[:, None]
             h = h.masked_fill(padding[..., None], 0)
 
+        q = self.W_q(h).unflatten(-1, (c.H, c.d_h))
+        k = self.W_k(h).unflatten(-1, (c.H_kv, c.d_h))
+        v = self.W_v(h).unflatten(-1, (c.H_kv, c.d_h))
         start: int | Tensor = 0
         if cache is not None:
             if not isinstance(cache, GSACache):
                 raise TypeError(f"cache: expected a GSACache, got {type(cache).__name__}")
             if self.training and torch.is_grad_enabled():
                 raise ValueError("cache: expected None in training mode (a cache carries no gradient), got a GSACache")
-            cache.check(c, B, L, h)
+            cache.check(c, B, L, k)  # under autocast k has another dtype than h
             start = cache.lengths
 
-        q = apply_rope(self.W_q(h).unflatten(-1, (c.H, c.d_h)), start=start, theta=c.rope_theta)
-        k = apply_rope(self.W_k(h).unflatten(-1, (c.H_kv, c.d_h)), start=start, theta=c.rope_theta)
-        v = self.W_v(h).unflatten(-1, (c.H_kv, c.d_h))
+        q = apply_rope(q, start=start, theta=c.rope_theta)
+        k = apply_rope(k, start=start, theta=c.rope_theta)
         if c.value_gate:
             v = self._apply_gate(v, self.W_vg(h).unflatten(-1, (c.H_kv, c.d_h)))  # Eq. 9
         q_idx, k_idx, head_logits = self.indexer(h, start) if c.sparse else (None, None, None)

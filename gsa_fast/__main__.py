@@ -1,0 +1,110 @@
+"""python -m gsa_fast verify: check the kernels of this package against the reference on this machine."""
+
+import argparse
+import json
+import os
+import sys
+import warnings
+from pathlib import Path
+
+import torch
+
+from gsa_fast._backend import INTERPRETED
+
+# Cases per stem. The interpreter runs a program in milliseconds, so selections and whole layers get fewer there.
+GPU_EXAMPLES, GPU_QUICK_EXAMPLES = 100, 12
+INTERPRETER_EXAMPLES = {
+    "indexer": 200, "budget": 100, "gates": 200, "attention": 100, "selection": 40, "indexed_selection": 30,
+    "layer": 30,
+}  # fmt: skip
+INTERPRETER_QUICK_EXAMPLES = {
+    "indexer": 30, "budget": 15, "selection": 8, "indexed_selection": 6, "attention": 15, "gates": 30, "layer": 5,
+}  # fmt: skip
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the command line; returns the exit status: 0 if everything passed, 1 if a check failed, 2 for bad usage."""
+    from gsa_fast.verification import run
+    from gsa_fast.verification.interpreter import enable_interpreter_checks
+    from gsa_ref.cases import Case
+
+    parser = argparse.ArgumentParser(prog="python -m gsa_fast", description=__doc__)
+    commands = parser.add_subparsers(dest="command", required=True)
+    verify = commands.add_parser(
+        "verify",
+        help="check the kernels against the reference",
+        description="Check the Triton kernels against the equations in float64, on the GPU if there is one, else in "
+        "the Triton interpreter. Exit status 1 if a check fails.",
+    )
+    verify.add_argument("--quick", action="store_true", help="fewer cases")
+    verify.add_argument("--stem", action="append", choices=run.STEMS, help="only this stem (may be repeated)")
+    verify.add_argument("--dtype", action="append", choices=run.DTYPES, help="only this dtype (may be repeated)")
+    verify.add_argument("--examples", type=int, metavar="N", help="cases per stem and dtype")
+    verify.add_argument("--seed", type=int, default=0, metavar="N", help="seed of the cases (default 0)")
+    verify.add_argument("--json", type=Path, metavar="FILE", help="also write the results as a record")
+    verify.add_argument("--case", metavar="JSON", help="run this one case, as a failure prints it")
+    options = parser.parse_args(argv)
+    if options.examples is not None and options.examples < 1:
+        parser.error(f"argument --examples: expected a number ≥ 1, got {options.examples}")
+    if options.json is not None and not options.json.resolve().parent.is_dir():
+        parser.error(f"argument --json: expected a file in an existing folder, got {options.json}")
+
+    device = "cpu" if INTERPRETED else "cuda"
+    if device == "cpu":
+        if options.dtype and "bfloat16" in options.dtype:
+            parser.error("argument --dtype: bfloat16 needs a GPU (the Triton interpreter computes it on raw bits)")
+        enable_interpreter_checks()
+        warnings.filterwarnings("ignore", category=RuntimeWarning, module="triton.runtime.interpreter")
+        torch.set_num_threads(1)  # the tensors are small: threads only cost
+        where = "the CPU, in the Triton interpreter"
+    else:
+        where = torch.cuda.get_device_name()
+
+    if options.case is not None:
+        try:
+            case = Case.from_json(options.case)
+        except (ValueError, TypeError) as error:
+            parser.error(f"argument --case: {error}")
+        row = run.Row(case.stem, getattr(case, "dtype", "float32"), cases=1)
+        try:
+            run.check_case(case, device, row)
+        except AssertionError as error:
+            print(f"FAIL on {where}: {error}")
+            return 1
+        print(f"pass on {where}: worst error {row.worst_error:.3g}, budget {row.budget:.3g}")
+        return 0
+
+    stems = tuple(options.stem or run.STEMS)
+    dtypes = tuple(options.dtype or (run.DTYPES if device == "cuda" else run.DTYPES[:2]))
+    if device == "cuda":
+        examples = dict.fromkeys(stems, GPU_QUICK_EXAMPLES if options.quick else GPU_EXAMPLES)
+    else:
+        examples = INTERPRETER_QUICK_EXAMPLES if options.quick else INTERPRETER_EXAMPLES
+    if options.examples is not None:
+        examples = dict.fromkeys(stems, options.examples)
+
+    print(f"Checking the kernels of gsa_fast against gsa_ref on {where}, seed {options.seed}.", flush=True)
+    rows = run.verify(stems, dtypes, device, examples, options.seed)
+    if not rows:
+        parser.error(f"nothing to check: {' and '.join(stems)} read float32 scores, got --dtype {' '.join(dtypes)}")
+    print(run.format_table(rows))
+    if device == "cpu":
+        print("bfloat16 was not run: the interpreter cannot compute it. Run this on a machine with a GPU.")
+    failures = [row for row in rows if row.failed]
+    for row in failures:
+        print(f"\n{row.stem} {row.dtype}: {row.detail}\nSmallest failing case; run it again with\n")
+        print(f"  python -m gsa_fast verify --case '{row.smallest_failure}'")
+    if options.json is not None:
+        command = " ".join(["python -m gsa_fast", *(argv if argv is not None else sys.argv[1:])])
+        record = run.record(rows, device, command, options.seed)
+        options.json.write_text(json.dumps(record, indent=1, ensure_ascii=False) + "\n")
+    print(f"\n{len(failures)} of {len(rows)} rows failed." if failures else f"\nAll {len(rows)} rows passed.")
+    return 1 if failures else 0
+
+
+if __name__ == "__main__":
+    if not torch.cuda.is_available() and not INTERPRETED:
+        # Triton reads the variable when kernels are defined, which importing this package has done: start again.
+        os.environ["TRITON_INTERPRET"] = "1"
+        os.execv(sys.executable, [sys.executable, "-m", "gsa_fast", *sys.argv[1:]])
+    sys.exit(main())

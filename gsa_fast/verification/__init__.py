@@ -1,0 +1,1 @@
+"""What stands behind `python -m gsa_fast verify`: checks, ahead-of-time compilation, the interpreter's settings."""

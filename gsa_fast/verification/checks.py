@@ -1,0 +1,293 @@
+"""One check per stem: run the kernels on a case and compare with gold, the equations in float64 on the same inputs.
+
+Up to `ALL_ROWS` queries every row is compared, above that a sample with both ends and the tile edges: the equations are
+written to be read, not to be fast.
+"""
+
+import random
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+import gsa_fast
+import gsa_ref
+from gsa_fast.verification.interpreter import poisoned_memory
+from gsa_ref import Selection, cases, equations
+from gsa_ref.check import (
+    Verdict,
+    budget_interval,
+    error_budget,
+    score_tolerance,
+    score_verdict,
+    topk_certificate,
+    unit_roundoff,
+    variance_interval,
+)
+
+ALL_ROWS = 128
+SAMPLED_ROWS = 48
+
+
+def numpy(x: Tensor) -> np.ndarray:
+    """A tensor as float64 (or integer) NumPy array; exact for every dtype that the kernels take."""
+    return (x.double() if x.is_floating_point() else x).detach().cpu().numpy()
+
+
+def row_slices(L: int, seed: int) -> list[slice]:
+    """Which query rows to compare: all of them, or single rows of a long sequence."""
+    if L <= ALL_ROWS:
+        return [slice(0, L)]
+    edges = {t for edge in (0, 64, 128, L - 64, L) for t in (edge - 1, edge) if 0 <= t < L}
+    rows = edges | set(random.Random(seed).sample(range(L), SAMPLED_ROWS))
+    return [slice(t, t + 1) for t in sorted(rows)]
+
+
+def sequence_value(value: int | Tensor | None, b: int, default: int) -> int:
+    """`start` or `lengths` of sequence b."""
+    return default if value is None else int(value[b]) if isinstance(value, Tensor) else value
+
+
+def check_indexer(case: cases.IndexerCase, device: str) -> Iterator[Verdict]:
+    """Scores within ε of Eq. 7, entry by entry, and −inf exactly where a query may not look."""
+    arguments = case.arguments(device)
+    with poisoned_memory():
+        scores = gsa_fast.indexer_scores(**arguments, scale=case.scale, impl="triton")
+    for b, rows, gold, tolerance in gold_scores(arguments, case.scale, case.seed):
+        yield score_verdict(numpy(scores[b, rows]), gold, tolerance)
+
+
+def gold_scores(
+    arguments: dict[str, Any], scale: float, seed: int
+) -> Iterator[tuple[int, slice, np.ndarray, np.ndarray]]:
+    """(b, rows, Eq. 7, its ε) for the rows to compare."""
+    q_idx, k_idx, head_logits, bias = (arguments[name] for name in ("q_idx", "k_idx", "head_logits", "bias"))
+    (B, L), S = q_idx.shape[:2], k_idx.shape[1]
+    for b in range(B):
+        key = numpy(k_idx[b])
+        start, length = sequence_value(arguments["start"], b, 0), sequence_value(arguments["lengths"], b, S)
+        for rows in row_slices(L, seed):
+            inputs = numpy(q_idx[b, rows]), key, numpy(head_logits[b, rows]), numpy(bias)
+            gold = equations.indexer_scores(*inputs, scale=scale, start=start + rows.start, length=length)
+            yield b, rows, gold, score_tolerance(*inputs, scale=scale)
+
+
+def check_budget(case: cases.BudgetCase, device: str) -> Iterator[Verdict]:
+    """The variance inside its interval; the budget bit for bit the reference's, and in the interval of Eq. 8."""
+    scores = case.scores(device)
+    sizes: dict[str, Any] = {"k_base": case.k_base, "k_min": case.k_min, "k_max": case.k_max, "rule": case.rule}
+    n_valid = (scores != -torch.inf).sum(-1, dtype=torch.int32)
+    with poisoned_memory():
+        variance = gsa_fast.score_variance(scores, impl="triton")
+        budget = gsa_fast.token_budget(variance, case.mean_variance, n_valid, **sizes, impl="triton")
+    expected = gsa_ref.token_budget(variance, case.mean_variance, n_valid, **sizes)
+    different = int((budget != expected).sum())
+    yield Verdict(different == 0, float(different), 0.0, f"{different} budgets differ from the reference")
+    for b in range(case.B):
+        for rows in row_slices(case.L, case.seed):
+            row_scores = numpy(scores[b, rows])
+            yield from variance_and_budget_verdicts(
+                numpy(variance[b, rows]),
+                numpy(budget[b, rows]),
+                row_scores,
+                np.zeros_like(row_scores),
+                (row_scores != -np.inf).sum(-1),
+                case.mean_variance,
+                sizes,
+            )
+
+
+def variance_and_budget_verdicts(
+    variance: np.ndarray,
+    budget: np.ndarray,
+    gold: np.ndarray,
+    tolerance: np.ndarray,
+    n_valid: np.ndarray,
+    mean_variance: float,
+    sizes: dict[str, Any],
+) -> Iterator[Verdict]:
+    """Variance and budget of some rows against the intervals that scores within `tolerance` of gold allow."""
+    gold_variance = equations.score_variance(gold)
+    counted = np.isfinite(gold)
+    largest = np.where(counted, np.abs(gold), 0).max(-1, initial=0)
+    epsilon = np.where(counted, tolerance, 0).max(-1, initial=0)
+    low, high = variance_interval(gold_variance, epsilon, largest, n_valid)
+    error = np.abs(variance - gold_variance)
+    allowed = np.maximum(high - gold_variance, gold_variance - low)
+    worst = int(np.argmax(error - allowed))
+    inside = bool(((low <= variance) & (variance <= high)).all())
+    yield Verdict(inside, float(error[worst]), float(allowed[worst]), "" if inside else f"variance of row {worst}")
+    k_low, k_high = budget_interval(gold_variance, epsilon, largest, mean_variance, n_valid, **sizes)
+    wrong = np.flatnonzero((budget < k_low) | (budget > k_high))
+    detail = f"k_t is {budget[wrong[0]]}, expected {k_low[wrong[0]]} to {k_high[wrong[0]]}" if len(wrong) else ""
+    yield Verdict(not len(wrong), float(len(wrong)), 0.0, detail)
+
+
+def check_selection(case: cases.SelectionCase, device: str) -> Iterator[Verdict]:
+    """Given scores, exactly the reference's selection, and the certificate with tolerance 0."""
+    scores, budget = case.arguments(device)
+    with poisoned_memory():
+        selection = gsa_fast.select_tokens(scores, budget, width=case.width, impl="triton")
+    expected = gsa_ref.select_tokens(scores, budget, width=case.width)
+    different = int((selection.indices != expected.indices).any(-1).sum() + (selection.counts != expected.counts).sum())
+    yield Verdict(different == 0, float(different), 0.0, f"{different} rows differ from the reference")
+    for b in range(case.B):
+        for rows in row_slices(case.L, case.seed):
+            wanted = np.minimum(numpy(budget[b, rows]), case.width)
+            row_scores = numpy(scores[b, rows])
+            yield from selection_verdicts(selection, b, rows, row_scores, np.zeros_like(row_scores), wanted)
+
+
+def selection_verdicts(
+    selection: Selection, b: int, rows: slice, gold: np.ndarray, tolerance: np.ndarray, budget: np.ndarray
+) -> Iterator[Verdict]:
+    """The certificate, row by row. The error is the largest inversion: a better score left out for a worse one."""
+    indices, counts = numpy(selection.indices[b, rows]), numpy(selection.counts[b, rows])
+    for t in range(len(gold)):
+        certificate = topk_certificate(indices[t], int(counts[t]), gold[t], tolerance[t], int(budget[t]))
+        inversion, allowed = 0.0, 0.0
+        if certificate:
+            finite = np.isfinite(gold[t])
+            inside = np.zeros(len(finite), bool)
+            inside[indices[t][: counts[t]]] = True
+            kept, left_out = gold[t][finite & inside], gold[t][finite & ~inside]
+            if len(kept) and len(left_out):
+                inversion = max(0.0, float(left_out.max() - kept.min()))
+                allowed = 2 * float(tolerance[t][finite].max())
+        detail = "" if certificate else f"row [{b}, {rows.start + t}]: {certificate.reason}"
+        yield Verdict(certificate.passed, inversion, allowed, detail)
+
+
+def check_indexed_selection(case: cases.IndexedSelectionCase, device: str) -> Iterator[Verdict]:
+    """Variance and k_t in their intervals, and the certificate on the selection for the k_t that it took."""
+    arguments = case.arguments(device)
+    with poisoned_memory():
+        selection, variance = gsa_fast.indexed_selection(
+            **arguments, mean_variance=case.mean_variance, config=case.config, impl="triton"
+        )
+    yield from indexed_selection_verdicts(arguments, case.config, case.mean_variance, selection, variance, case.seed)
+
+
+def indexed_selection_verdicts(
+    arguments: dict[str, Any],
+    config: gsa_ref.GSAConfig,
+    mean_variance: float,
+    selection: Selection,
+    variance: Tensor,
+    seed: int,
+) -> Iterator[Verdict]:
+    sizes: dict[str, Any] = {"k_base": config.k_base, "k_min": config.k_min, "k_max": config.k_max, "rule": config.rule}
+    for b, rows, gold, tolerance in gold_scores(arguments, config.effective_indexer_scale, seed):
+        counts = numpy(selection.counts[b, rows])
+        n_valid = (gold != -np.inf).sum(-1)
+        yield from variance_and_budget_verdicts(
+            numpy(variance[b, rows]), counts, gold, tolerance, n_valid, mean_variance, sizes
+        )
+        yield from selection_verdicts(selection, b, rows, gold, tolerance, counts)
+
+
+def check_attention(case: cases.AttentionCase, device: str) -> Iterator[Verdict]:
+    """Output and lse within twice the error of the reference in the same dtype, and within 8u·max|v'|."""
+    arguments = case.arguments(device)
+    with poisoned_memory():
+        out, lse = gsa_fast.sparse_attention(**arguments, impl="triton")
+    dtype = out.dtype
+    q, k, v, selection = (arguments[name] for name in ("q", "k", "v", "selection"))
+    value_gate, output_gate = arguments["value_gate_logits"], arguments["output_gate_logits"]
+    for b in range(case.B):
+        key, value = numpy(k[b]), numpy(v[b])
+        if value_gate is not None:
+            value = equations.apply_gate(value, numpy(value_gate[b]))
+        cap = 8 * unit_roundoff(dtype) * float(np.abs(value).max())
+        for rows in row_slices(case.L, case.seed):
+            first = case.S - case.L + rows.start
+            chosen = Selection(*(x[b : b + 1, rows] for x in selection))
+            gold, gold_lse = equations.sparse_attention(numpy(q[b, rows]), key, value, filled(chosen, first, case.S))
+            gate = None if output_gate is None else output_gate[b : b + 1, rows]
+            if gate is not None:
+                gold = equations.apply_gate(gold, numpy(gate[0]))
+            baseline, baseline_lse = gsa_ref.sparse_attention(
+                q[b : b + 1, rows],
+                k[b : b + 1],
+                v[b : b + 1],
+                chosen,
+                start=first,
+                value_gate_logits=None if value_gate is None else value_gate[b : b + 1],
+                output_gate_logits=gate,
+            )
+            yield error_budget(numpy(out[b, rows]), numpy(baseline[0]), gold, dtype, cap=cap)
+            yield error_budget(numpy(lse[b, rows]), numpy(baseline_lse[0]), gold_lse, torch.float32)
+
+
+def filled(selection: Selection, start: int, n_keys: int) -> list[np.ndarray]:
+    """The non-empty slots of each row of a batch of one: inside the count, inside [0, n_keys), not in the future."""
+    rows = []
+    for t, (indices, count) in enumerate(zip(numpy(selection.indices[0]), numpy(selection.counts[0]), strict=True)):
+        prefix = indices[:count]
+        rows.append(prefix[(prefix >= 0) & (prefix < n_keys) & (prefix <= start + t)])
+    return rows
+
+
+def check_gates(case: cases.GateCase, device: str) -> Iterator[Verdict]:
+    """Within twice the error of the reference in the same dtype."""
+    x, gate_logits = case.arguments(device)
+    with poisoned_memory():
+        out = gsa_fast.apply_gate(x, gate_logits, impl="triton")
+    gold = equations.apply_gate(numpy(x), numpy(gate_logits))
+    yield error_budget(numpy(out), numpy(gsa_ref.apply_gate(x, gate_logits)), gold, out.dtype)
+
+
+def check_layer(case: cases.LayerCase, device: str) -> Iterator[Verdict]:
+    """The selection by its certificate, and the output given that selection by its error budget."""
+    config, arguments = case.config, case.arguments(device)
+    torch.manual_seed(case.seed)
+    reference = gsa_ref.GatedSparseAttention(config).eval()
+    reference.mean_variance.fill_(0.01)
+    reference.to(device=device, dtype=arguments["h"].dtype)
+    fast = gsa_fast.GatedSparseAttention(config, impl="triton").eval()
+    fast.to(device=device, dtype=arguments["h"].dtype)
+    fast.load_state_dict(reference.state_dict())
+
+    recorded: dict[str, Any] = {}
+    run_kernel = fast._indexed_selection
+
+    def record(*tensors: Tensor, **keywords: Any) -> Any:
+        selection, variance = run_kernel(*tensors, **keywords)
+        inputs = dict(zip(("q_idx", "k_idx", "head_logits", "bias"), tensors, strict=True))
+        recorded.update(
+            arguments={**inputs, "start": keywords["start"], "lengths": keywords["lengths"]},
+            mean_variance=float(keywords["mean_variance"]),
+            selection=selection,
+            variance=variance,
+        )
+        return selection, variance
+
+    fast._indexed_selection = record
+    with torch.no_grad(), poisoned_memory():
+        hidden = fast(**arguments).hidden
+    yield from indexed_selection_verdicts(
+        recorded["arguments"],
+        config,
+        recorded["mean_variance"],
+        recorded["selection"],
+        recorded["variance"],
+        case.seed,
+    )
+    reference._indexed_selection = lambda *_, **__: (recorded["selection"], recorded["variance"])
+    with torch.no_grad():
+        baseline = reference(**arguments).hidden
+        gold = reference.double()(arguments["h"].double(), lengths=arguments["lengths"]).hidden
+    yield error_budget(numpy(hidden), numpy(baseline), numpy(gold), hidden.dtype)
+
+
+CHECKS: dict[str, Callable[[Any, str], Iterator[Verdict]]] = {
+    "indexer": check_indexer,
+    "budget": check_budget,
+    "selection": check_selection,
+    "indexed_selection": check_indexed_selection,
+    "attention": check_attention,
+    "gates": check_gates,
+    "layer": check_layer,
+}

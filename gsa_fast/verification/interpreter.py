@@ -1,0 +1,30 @@
+"""Settings that make faults visible while kernels run."""
+
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+
+from gsa_fast._backend import INTERPRETED
+
+
+def enable_interpreter_checks() -> None:
+    """Make the Triton interpreter raise on int32 overflow and a failed `device_assert`; by default it does neither."""
+    if INTERPRETED:
+        from triton.runtime import interpreter
+
+        interpreter.interpreter_builder.options = interpreter.InterpreterOptions(debug=True)
+
+
+@contextmanager
+def poisoned_memory() -> Iterator[None]:
+    """Fill what `torch.empty` returns with NaN (the largest integer for integer types): an unwritten element shows."""
+    before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # PyTorch's matmuls warn in this mode; NumPy inside the interpreter on NaN
+        torch.use_deterministic_algorithms(True, warn_only=True)
+        try:
+            yield
+        finally:
+            torch.use_deterministic_algorithms(before[0], warn_only=before[1])

@@ -1,0 +1,187 @@
+"""Draw cases, run the checks, report: the work of `python -m gsa_fast verify`."""
+
+import platform
+import subprocess
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import hypothesis
+import torch
+import triton
+from hypothesis import HealthCheck, Phase, Verbosity
+from tqdm import tqdm
+
+from gsa_fast.verification.checks import CHECKS
+from gsa_ref.cases import STRATEGIES, Case, Limits
+
+# Stems that read float32 scores, whatever the dtype of the model.
+SCORE_STEMS = ("budget", "selection")
+DTYPES = ("float32", "float16", "bfloat16")
+STEMS = tuple(CHECKS)
+
+INTERPRETER_LIMITS = Limits()
+GPU_LIMITS = Limits(
+    B=2, L=8192, S=1536, heads=4, group=8, width=512, lengths=(1, 5, 64, 65, 130, 257, 512, 1000, 2048, 4096, 8192)
+)
+# The layer's gold holds the gathered keys in float64: 2048 queries of it fit any GPU.
+GPU_LAYER_LIMITS = Limits(B=2, L=2048, S=384, heads=2, group=4, width=128, lengths=(1, 5, 64, 65, 257, 512, 1000, 2048))
+
+SHRINK_SECONDS = 20.0
+
+
+@dataclass
+class Row:
+    """One line of the table: a stem in a dtype. Error and budget are those of the case that came nearest its budget."""
+
+    stem: str
+    dtype: str
+    cases: int = 0
+    worst_error: float = 0.0
+    budget: float = 0.0
+    ratio: float = 0.0
+    longest: int = 0
+    seconds: float = 0.0
+    verdict: str = "not run"
+    detail: str = ""
+    smallest_failure: str = ""
+
+    @property
+    def failed(self) -> bool:
+        return self.verdict == "FAIL"
+
+
+def limits_for(stem: str, device: str) -> Limits:
+    if device == "cpu":
+        return INTERPRETER_LIMITS
+    return GPU_LAYER_LIMITS if stem == "layer" else GPU_LIMITS
+
+
+def check_case(case: Case, device: str, row: Row) -> None:
+    """Run one case and fold its verdicts into the row.
+
+    Raises:
+        AssertionError: a verdict is negative. Whatever a kernel raises passes through.
+    """
+    for verdict in CHECKS[case.stem](case, device):
+        ratio = verdict.error / verdict.budget if verdict.budget > 0 else (0.0 if verdict.error == 0 else float("inf"))
+        if ratio >= row.ratio:
+            row.ratio, row.worst_error, row.budget = ratio, verdict.error, verdict.budget
+        if not verdict:
+            raise AssertionError(f"error {verdict.error:.3g}, budget {verdict.budget:.3g}. {verdict.detail}")
+
+
+def verify_row(
+    stem: str, dtype: str, device: str, examples: int, seed: int, on_case: Callable[[], None] = lambda: None
+) -> Row:
+    """Check `examples` random cases of one stem in one dtype; on a failure, look for a smaller one for a while."""
+    row = Row(stem, dtype)
+    smallest: Case | None = None
+    first_failure = 0.0
+    started = time.monotonic()
+
+    @hypothesis.seed(seed)
+    @hypothesis.settings(
+        max_examples=examples,
+        database=None,
+        deadline=None,
+        verbosity=Verbosity.quiet,
+        suppress_health_check=list(HealthCheck),
+        phases=[Phase.generate, Phase.shrink],
+        report_multiple_bugs=False,
+        print_blob=False,
+    )
+    @hypothesis.given(case=STRATEGIES[stem](dtype, limits_for(stem, device)))
+    def every_case_stays_in_its_budget(case: Case) -> None:
+        nonlocal smallest, first_failure
+        if smallest is not None and time.monotonic() - first_failure > SHRINK_SECONDS:
+            return  # enough shrinking
+        if smallest is None:
+            row.cases += 1
+            row.longest = max(row.longest, case.L)  # type: ignore[attr-defined]
+            on_case()
+        try:
+            check_case(case, device, row)
+        except Exception as error:
+            # Any exception is a failure of the kernel under test, and the report shows it.
+            first_failure = first_failure or time.monotonic()
+            smallest = case
+            row.detail = f"{type(error).__name__}: {error}"
+            raise
+
+    try:
+        every_case_stays_in_its_budget()
+    except BaseException:
+        if smallest is None:
+            raise
+    row.verdict = "pass" if smallest is None else "FAIL"
+    row.smallest_failure = "" if smallest is None else smallest.to_json()
+    row.seconds = time.monotonic() - started
+    return row
+
+
+def verify(
+    stems: tuple[str, ...], dtypes: tuple[str, ...], device: str, examples: dict[str, int], seed: int
+) -> list[Row]:
+    """All rows of the table, with a progress bar on stderr."""
+    pairs = [
+        (stem, dtype)
+        for stem in stems
+        for dtype in (("float32",) if stem in SCORE_STEMS and "float32" in dtypes else dtypes)
+        if not (stem in SCORE_STEMS and dtype != "float32")
+    ]
+    rows = []
+    with tqdm(total=sum(examples[stem] for stem, _ in pairs), unit="case", leave=False, disable=None) as bar:
+        for stem, dtype in pairs:
+            bar.set_description(f"{stem} {dtype}")
+            row = verify_row(stem, dtype, device, examples[stem], seed, bar.update)
+            bar.update(max(0, examples[stem] - row.cases))  # hypothesis stops early when it has seen every case
+            rows.append(row)
+    return rows
+
+
+def format_table(rows: list[Row]) -> str:
+    """The table that people read."""
+    header = ("stem", "dtype", "cases", "longest", "worst error", "budget", "used", "verdict")
+    lines = [header]
+    for r in rows:
+        used = "-" if r.cases == 0 else "exact" if r.budget == 0 and r.ratio == 0 else f"{100 * r.ratio:.0f}%"
+        lines.append(
+            (r.stem, r.dtype, str(r.cases), str(r.longest), f"{r.worst_error:.2e}", f"{r.budget:.2e}", used, r.verdict)
+        )
+    widths = [max(len(line[i]) for line in lines) for i in range(len(header))]
+    right = {2, 3, 4, 5, 6}
+
+    def render(line: tuple[str, ...]) -> str:
+        cells = (c.rjust(w) if i in right else c.ljust(w) for i, (c, w) in enumerate(zip(line, widths, strict=True)))
+        return "  ".join(cells).rstrip()
+
+    return "\n".join([render(header), "  ".join("-" * w for w in widths), *(render(line) for line in lines[1:])])
+
+
+def record(rows: list[Row], device: str, command: str, seed: int) -> dict[str, Any]:
+    """What `--json` writes: enough to run it again."""
+    return {
+        "suite": "verification",
+        "device": torch.cuda.get_device_name() if device == "cuda" else "Triton interpreter on a CPU",
+        "torch": torch.__version__,
+        "triton": triton.__version__,
+        "python": platform.python_version(),
+        "command": command,
+        "seed": seed,
+        "commit": _commit(),
+        "rows": [asdict(row) for row in rows],
+    }
+
+
+def _commit() -> str | None:
+    """The commit of the checkout that this file lies in, None for an installed package."""
+    try:
+        found = subprocess.run(
+            ["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True, check=True
+        )
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return found.stdout.strip()
