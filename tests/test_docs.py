@@ -1,0 +1,406 @@
+"""The site: it builds strictly, loads nothing from elsewhere, its links resolve, and its pictures are reproducible."""
+
+import importlib
+import json
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from html.parser import HTMLParser
+from pathlib import Path
+from urllib.parse import unquote, urlsplit
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+DOCS = ROOT / "docs"
+sys.path.insert(0, str(DOCS / "hooks"))
+import notebook_pages  # noqa: E402
+import records  # noqa: E402
+import thread  # noqa: E402
+
+FIGURE_SCRIPTS = sorted(p.name for p in (DOCS / "figures").glob("*.py") if p.name != "style.py")
+SOURCES = ("docs", "gsa_ref", "gsa_fast", "tests", "notebooks", "benchmarks/results")
+
+
+def build(root: Path, out: Path) -> subprocess.CompletedProcess[str]:
+    """The command of `make docs`, into another folder."""
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "-d", str(out)]
+    return subprocess.run(command, cwd=root, capture_output=True, text=True, check=False)
+
+
+@pytest.fixture(scope="module")
+def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("site")
+    done = build(ROOT, out)
+    assert done.returncode == 0, done.stderr
+    assert "WARNING -" not in done.stderr
+    return out
+
+
+class Page(HTMLParser):
+    """What a browser would read: the tags with their attributes, the ids, and the text of scripts and styles."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__()
+        self.tags: list[tuple[str, dict[str, str]]] = []
+        self.inline: list[str] = []
+        self._in: str | None = None
+        self.feed(path.read_text(encoding="utf-8"))
+        self.ids = {a[key] for _, a in self.tags for key in ("id", "name") if key in a}
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, {k: v or "" for k, v in attrs}))
+        self._in = tag if tag in ("script", "style") else None
+
+    def handle_endtag(self, tag: str) -> None:
+        self._in = None
+
+    def handle_data(self, data: str) -> None:
+        if self._in:
+            self.inline.append(data)
+
+
+@pytest.fixture(scope="module")
+def pages(site: Path) -> dict[Path, Page]:
+    found = {path: Page(path) for path in sorted(site.rglob("*.html"))}
+    assert len(found) > len(thread.STEMS)
+    return found
+
+
+def is_external(url: str) -> bool:
+    return bool(urlsplit(url).netloc)
+
+
+# What a browser fetches by itself. A link that a reader may click is not among them.
+FETCHED = {
+    "script": ["src"], "img": ["src", "srcset"], "iframe": ["src"], "source": ["src", "srcset"], "video": ["src"],
+    "audio": ["src"], "embed": ["src"], "object": ["data"], "link": ["href"], "image": ["href", "xlink:href"],
+    "use": ["href", "xlink:href"], "input": ["src"],
+}  # fmt: skip
+REMOTE_CSS = re.compile(r"""url\(\s*['"]?(?:https?:)?//|@import\s+(?:url\()?['"]?(?:https?:)?//""")
+NAMESPACE = re.compile(r"https?://www\.w3\.org/")
+
+
+def requests_elsewhere(page: Page) -> Iterator[str]:
+    for tag, attributes in page.tags:
+        for name in FETCHED.get(tag, []):
+            for candidate in attributes.get(name, "").split(","):
+                if not candidate.startswith("data:") and is_external(candidate.strip()):
+                    yield f"<{tag} {name}={candidate}>"
+        if REMOTE_CSS.search(attributes.get("style", "")):
+            yield f"<{tag} style={attributes['style']}>"
+        if "mermaid" in attributes.get("class", "").split():
+            yield "a Mermaid drawing: the theme fetches its renderer"
+    for text in page.inline:
+        for url in re.findall(r"(?:https?:)?//[\w.-]+\.\w{2,}/\S*", NAMESPACE.sub("", text)):
+            yield f"inline {url[:80]}"
+
+
+def test_site_requests_nothing_from_another_host(site: Path, pages: dict[Path, Page]):
+    found = {str(path.relative_to(site)): list(requests_elsewhere(page)) for path, page in pages.items()}
+    assert {path: urls for path, urls in found.items() if urls} == {}
+    sheets = sorted(site.rglob("*.css"))
+    assert sheets
+    assert [s.name for s in sheets if REMOTE_CSS.search(s.read_text(encoding="utf-8"))] == []
+
+
+def test_request_scan_sees_what_it_looks_for(tmp_path: Path):
+    remote = [
+        '<script src="https://a.example/x.js"></script>', '<link rel="stylesheet" href="//a.example/x.css">',
+        '<img src="https://a.example/x.png">', "<style>@import 'https://a.example/x.css'</style>",
+        "<script>import x from 'https://a.example/x.mjs'</script>", '<p style="background:url(//a.example/x)">',
+        '<img srcset="x.png 1x, https://a.example/x.png 2x">', '<pre class="mermaid">graph</pre>',
+    ]  # fmt: skip
+    for html in remote:
+        (tmp_path / "x.html").write_text(html)
+        assert list(requests_elsewhere(Page(tmp_path / "x.html"))), html
+    (tmp_path / "x.html").write_text('<a href="https://a.example">x</a><script src="/y.js">// note</script>')
+    assert list(requests_elsewhere(Page(tmp_path / "x.html"))) == []
+
+
+def test_formulas_are_drawn_by_the_stored_mathjax(site: Path, pages: dict[Path, Page]):
+    stored = site / "assets/mathjax"
+    fonts = set(re.findall(r"MathJax_[\w-]+\.woff", (stored / "tex-chtml.js").read_text(encoding="utf-8")))
+    assert len(fonts) > 10
+    assert fonts <= {p.name for p in (stored / "output/chtml/fonts/woff-v2").glob("*.woff")}
+    page = pages[site / "learn/indexer/index.html"]
+    sources = [a.get("src", "") for tag, a in page.tags if tag == "script"]
+    assert [s.rsplit("/", 1)[-1] for s in sources if "mathjax" in s] == ["mathjax-config.js", "tex-chtml.js"]
+    assert any("arithmatex" in a.get("class", "") for _, a in page.tags)
+
+
+def test_images_have_alternative_text(site: Path, pages: dict[Path, Page]):
+    images = [(path, a) for path, page in pages.items() for tag, a in page.tags if tag == "img"]
+    assert images
+    # The second text is what the notebook converter writes where there is none.
+    lacking = [
+        (str(path.relative_to(site)), a.get("src", "")[:60])
+        for path, a in images
+        if not a.get("alt", "").strip() or a["alt"].startswith("No description has been provided")
+    ]
+    assert lacking == []
+
+
+def test_pictures_come_in_both_schemes(pages: dict[Path, Page]):
+    for page in pages.values():
+        sources = [a["src"] for tag, a in page.tags if tag == "img" and "figures/" in a.get("src", "")]
+        light = [s.split(".light")[0] for s in sources if s.endswith(".light.svg#only-light")]
+        dark = [s.split(".dark")[0] for s in sources if s.endswith(".dark.svg#only-dark")]
+        assert light == dark
+        assert len(light) + len(dark) == len(sources)
+
+
+def broken_links(site: Path, pages: dict[Path, Page]) -> list[str]:
+    broken = []
+    for path, page in pages.items():
+        if path.name == "404.html":  # its links are relative to whatever was not found
+            continue
+        for tag, attributes in page.tags:
+            url = attributes.get("href" if tag in ("a", "link") else "src", "")
+            parts = urlsplit(url)
+            if not url or parts.scheme or parts.netloc:
+                continue
+            target = (path.parent / unquote(parts.path)).resolve() if parts.path else path
+            target = target / "index.html" if target.is_dir() else target
+            if not target.is_file():
+                broken.append(f"{path.relative_to(site)}: {url}")
+            elif parts.fragment and target in pages and parts.fragment not in pages[target].ids | {"__top"}:
+                broken.append(f"{path.relative_to(site)}: {url} has no such anchor")
+    return broken
+
+
+def test_every_internal_link_and_anchor_resolves(site: Path, pages: dict[Path, Page]):
+    assert broken_links(site, pages) == []
+
+
+def test_sources_of_the_site_are_not_published(site: Path):
+    assert [p.name for p in site.rglob("*") if p.suffix in (".py", ".pyc", ".ipynb")] == []
+
+
+# ---- the equation index ----------------------------------------------------------------------------------------------
+
+
+def test_equation_index_resolves():
+    assert thread.problems(ROOT) == []
+
+
+@pytest.mark.parametrize("stem", thread.STEMS)
+def test_stem_has_its_files(stem: str):
+    for package in ("gsa_ref/equations", "gsa_ref", "gsa_fast"):
+        assert thread.stem_files(ROOT, package, stem), f"{package} has no {stem}"
+    assert (DOCS / "reference" / f"{stem}.md").is_file()
+
+
+@pytest.mark.parametrize("entry", thread.ENTRIES, ids=lambda e: e.tag)
+def test_tagged_objects_exist(entry: thread.Entry):
+    found = thread.thread(ROOT, entry)
+    if entry not in thread.entries(ROOT):
+        pytest.skip("gsa_ref does not have this stem yet")
+    assert found.pytorch
+    assert found.oracle or entry.optional
+    for o in (*found.oracle, *found.pytorch, *(o for o in found.also if o.path.startswith("gsa_ref"))):
+        value = importlib.import_module(o.module)
+        for part in o.name.split("."):
+            value = getattr(value, part)
+
+
+def test_index_page_has_a_section_for_every_entry(site: Path, pages: dict[Path, Page]):
+    text = (site / "equations/index.html").read_text(encoding="utf-8")
+    for entry in thread.entries(ROOT):
+        assert f"{thread.LABELS.get(entry.tag, entry.tag)}" in text
+    links = [a["href"] for tag, a in pages[site / "equations/index.html"].tags if tag == "a" and "href" in a]
+    for dotted in ("gsa_ref.equations.indexer.indexer_scores", "gsa_ref.indexer.indexer_scores"):
+        assert f"../reference/indexer/#{dotted}" in links
+
+
+def test_learn_pages_open_with_their_strip(site: Path):
+    learned = [s for s in thread.STEMS if thread.page_of(ROOT, s)]
+    assert "indexer" in learned
+    for stem in learned:
+        text = (site / "learn" / stem / "index.html").read_text(encoding="utf-8")
+        opening = re.sub(r"<[^>]+>", "", text.split('<div class="thread">')[1].split("</div>")[0])
+        assert re.search(r"oracle .+ · PyTorch .+ · kernel .+ · tests .+ · notebook.* · API", opening), opening
+
+
+@pytest.fixture
+def copy(tmp_path: Path) -> Path:
+    """A copy of all that the site is built from."""
+    for name in SOURCES:
+        if (ROOT / name).is_dir():
+            shutil.copytree(ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns("__pycache__", "mathjax"))
+    (tmp_path / "docs/assets/mathjax").mkdir()
+    (tmp_path / "docs/assets/mathjax/tex-chtml.js").touch()  # the build never reads it, and it is large
+    shutil.copy(ROOT / "mkdocs.yml", tmp_path)
+    thread.all_objects.cache_clear()
+    return tmp_path
+
+
+def edit(path: Path, old: str, new: str) -> None:
+    text = path.read_text(encoding="utf-8")
+    assert old in text
+    path.write_text(text.replace(old, new), encoding="utf-8")
+
+
+def test_unknown_equation_number_is_a_problem(copy: Path):
+    edit(copy / "gsa_ref/equations/indexer.py", "Eq. 7", "Eq. 77")
+    found = thread.problems(copy)
+    assert any("Eq. 77 is not in the equation index" in p for p in found)
+    assert any(p.startswith("gsa_ref/equations/indexer.py: no docstring carries") for p in found)
+
+
+def test_renamed_kernel_function_is_a_problem(copy: Path):
+    for name in thread.stem_files(copy, "gsa_fast", "gates"):
+        edit(copy / name, "def apply_gate(", "def gate(")
+    assert any("none of ['apply_gate'] is here" in p for p in thread.problems(copy))
+
+
+def test_what_does_not_exist_yet_is_said(copy: Path):
+    shutil.rmtree(copy / "gsa_fast")
+    for path in (copy / "tests").rglob("test_indexer.py"):
+        path.unlink()
+    opening = thread.strip(copy, "learn/indexer.md", "indexer")
+    assert "kernel *not yet*" in opening
+    assert "tests *not yet*" in opening
+    assert "Not yet" in thread.api(copy, "gsa_fast.indexer")
+    assert "Not yet" in thread.kernels(copy, "indexer")
+
+
+def test_broken_sources_fail_the_build(copy: Path, tmp_path_factory: pytest.TempPathFactory):
+    # One build for all faults: each must be named in its output.
+    page = copy / "docs/learn/indexer.md"
+    edit(page, "../reference/selection.md", "../reference/selections.md")
+    edit(page, "../open-choices.md#ties", "../open-choices.md#tie")
+    edit(page, "[gsa_ref.check.score_verdict]", "[gsa_ref.check.score_verdicts]")
+    edit(page, "{{ default d }}", "{{ default dd }}")
+    edit(copy / "docs/verify/index.md", "# What", "Eq. 99\n\n# What")
+    (copy / "docs/stray.md").write_text("# Stray\n")
+    cell = {"cell_type": "markdown", "metadata": {}, "source": "# N\n\n[lost](../docs/nowhere.md)"}
+    notebook = {"cells": [cell], "metadata": {}, "nbformat": 4, "nbformat_minor": 4}
+    (copy / "notebooks").mkdir(exist_ok=True)
+    (copy / "notebooks/99_lost.ipynb").write_text(json.dumps(notebook))
+    done = build(copy, tmp_path_factory.mktemp("broken"))
+    assert done.returncode != 0
+    reported = "\n".join(re.findall(r"^WARNING -.*$", done.stderr, re.MULTILINE))
+    for name in ("selections.md", "#tie'", "score_verdicts", "default dd", "Eq. 99", "nowhere.md"):
+        assert name in reported, f"{name} was not reported in\n{done.stderr}"
+    assert "stray.md" in done.stderr  # listed below the warning that some pages are not in the nav
+
+
+# ---- tables, notebooks, code on pages, pictures ----------------------------------------------------------------------
+
+
+def test_missing_verification_record_is_said(tmp_path: Path):
+    assert records.verification_table(tmp_path).startswith("No record is stored")
+
+
+def test_verification_table_shows_the_record(tmp_path: Path):
+    path = tmp_path / records.VERIFICATION
+    path.parent.mkdir(parents=True)
+    row = dict.fromkeys(records.COLUMNS, "x") | {"stem": "indexer", "cases": 17, "ratio": 0.123456, "budget": None}
+    record = dict.fromkeys(records.FIELDS, "y") | {"device": "some device", "rows": [row]}
+    path.write_text(json.dumps(record))
+    table = records.verification_table(tmp_path)
+    assert "some device" in table
+    assert "| indexer | x | 17 | x | – | 0.123 | x | x |" in table
+    del row["ratio"]
+    path.write_text(json.dumps(record))
+    with pytest.raises(KeyError, match="ratio"):
+        records.verification_table(tmp_path)
+
+
+def test_stored_verification_record_has_the_expected_form():
+    if not (ROOT / records.VERIFICATION).is_file():
+        pytest.skip("no record is stored")
+    assert records.verification_table(ROOT).count("\n| ") > 1
+
+
+def test_notebook_links_become_page_links():
+    urls = {"docs/learn/indexer.md": "learn/indexer/", "notebooks/01_b.ipynb": "notebooks/01_b/"}
+    html = '<a href="../docs/learn/indexer.md#x">a</a><a href="01_b.ipynb">b</a><a href="https://c.example">c</a>'
+    html, broken = notebook_pages.rewrite_links(
+        html + '<a href="gone.md">d</a>', "notebooks/00_a.ipynb", urls, "notebooks/00_a/"
+    )
+    assert 'href="../../learn/indexer/#x"' in html
+    assert 'href="../01_b/"' in html
+    assert 'href="https://c.example"' in html
+    assert broken == ["gone.md"]
+
+
+def test_notebook_nav_has_a_section_for_each_folder():
+    paths = ["notebooks/00_a.ipynb", "notebooks/01_b.ipynb", "notebooks/puzzles/01_b.ipynb"]
+    assert notebook_pages.nav(paths) == [*paths[:2], {"Puzzles": paths[2:]}]
+
+
+def test_notebook_template_loses_its_remote_scripts_and_cells_keep_theirs():
+    cell = "<style>.cell {}</style><script>1</script>"
+    head = '<style>a</style><script src="https://x.example"></script><script>clipboard()</script>'
+    styles, html = notebook_pages.split_template(f'{head}<div class="jupyter-wrapper">{cell}</div><style>b</style>\n')
+    assert styles == ["a", "b"]
+    assert html == f'<script>clipboard()</script><div class="jupyter-wrapper">{cell}</div>'
+
+
+def test_notebook_picture_is_described_by_the_paragraph_before_it():
+    picture = f"<img {notebook_pages.NO_ALT}>"
+    html = notebook_pages.describe_pictures(f'<p>a</p><p>Dots &lt; <b>2</b>:\n"x".</p>{picture}<p>c</p>{picture}')
+    assert re.findall(r"<img (.*?)>", html) == ['alt="Dots &lt; 2: &quot;x&quot;."', 'alt="c"']
+    assert notebook_pages.describe_pictures('<img alt="own">') == '<img alt="own">'
+
+
+def code_blocks() -> list[tuple[str, str]]:
+    """Python blocks that are written on pages: exercises. Listings are included from files and have a title."""
+    found = []
+    for path in sorted(DOCS.rglob("*.md")):
+        blocks = re.findall(r"^( *)```python\n(.*?)^\1```", path.read_text(encoding="utf-8"), re.DOTALL | re.MULTILINE)
+        for number, (indent, block) in enumerate(blocks, 1):
+            code = "".join(line.removeprefix(indent) for line in block.splitlines(keepends=True))
+            found.append((f"{path.relative_to(DOCS).as_posix()}-{number}", code))
+    return found
+
+
+@pytest.mark.parametrize(("name", "code"), [pytest.param(*block, id=block[0]) for block in code_blocks()])
+def test_code_written_on_pages_runs(name: str, code: str):
+    assert "assert" in code, f"{name} checks nothing"
+    exec(compile(code, name, "exec"), {})
+
+
+TOKEN = re.compile(r"#[0-9a-fA-F]{6}\b|[-+]?\d+\.?\d*(?:e[-+]?\d+)?")
+# matplotlib derives ids from the contents: they change with the last digit of a coordinate.
+IDENTIFIER = re.compile(r"(?<=[\"#])[a-z]{1,2}[0-9a-f]{10}(?=[\")])")
+
+
+def svg_difference(stored: str, fresh: str) -> str:
+    """Empty if the two are the same picture: the same markup, coordinates within 0.02 points, colours within 2/255."""
+    stored, fresh = IDENTIFIER.sub("id", stored), IDENTIFIER.sub("id", fresh)
+    if TOKEN.sub("0", stored) != TOKEN.sub("0", fresh):
+        return "markup differs"
+    for a, b in zip(TOKEN.findall(stored), TOKEN.findall(fresh), strict=True):
+        if a.startswith("#"):
+            if max(abs(x - y) for x, y in zip(bytes.fromhex(a[1:]), bytes.fromhex(b[1:]), strict=True)) > 2:
+                return f"colour {a} became {b}"
+        elif abs(float(a) - float(b)) > 0.02:
+            return f"{a} became {b}"
+    return ""
+
+
+@pytest.mark.parametrize("script", FIGURE_SCRIPTS)
+def test_pictures_regenerate(script: str, tmp_path: Path):
+    subprocess.run([sys.executable, str(DOCS / "figures" / script), "--out", str(tmp_path)], cwd=ROOT, check=True)
+    stem = script.removesuffix(".py")
+    stored = {p.name for p in (DOCS / "figures").glob(f"{stem}_*.svg")} | {f"{stem}.json"}
+    assert {p.name for p in tmp_path.iterdir()} == stored
+    for path in sorted(tmp_path.iterdir()):
+        before, after = ((folder / path.name).read_text(encoding="utf-8") for folder in (DOCS / "figures", tmp_path))
+        if path.suffix == ".json":
+            assert json.loads(before) == json.loads(after)
+        else:
+            assert svg_difference(before, after) == "", path.name
+
+
+def test_picture_comparison_sees_a_difference():
+    picture = '<path id="m0123456789" d="M 1.00 2.00" style="fill: #102030"/>'
+    assert svg_difference(picture, picture.replace("1.00", "1.01").replace("#102030", "#112030")) == ""
+    assert svg_difference(picture, picture.replace("m0123456789", "m9876543210")) == ""
+    for old, new in (("2.00", "2.50"), ("#102030", "#802030"), ("path", "line")):
+        assert svg_difference(picture, picture.replace(old, new))

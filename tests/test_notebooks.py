@@ -1,0 +1,149 @@
+"""The stored notebooks: executed, complete, without network, and with puzzles that can be solved.
+
+That the stored outputs are what the code gives is nbval's part (`make notebooks`); nbval passes a cell without stored
+output whatever it does, so that none is missing is checked here.
+"""
+
+import ast
+import re
+import sys
+import tomllib
+from itertools import pairwise
+from pathlib import Path
+
+import nbformat
+import pytest
+from nbclient import NotebookClient
+
+ROOT = Path(__file__).parents[1]
+NOTEBOOKS = sorted((ROOT / "notebooks").glob("[0-9][0-9]_*.ipynb"))
+SECTIONS = (
+    *("Objectives", "Predict first", "Equation", "Reference call", "Assert"),
+    *("Picture", "Kernel preview", "Puzzle", "Recap and links"),
+)
+
+each_notebook = pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+
+
+def cells(path: Path, kind: str) -> list[nbformat.NotebookNode]:
+    return [cell for cell in nbformat.read(path, as_version=4).cells if cell.cell_type == kind]
+
+
+def tagged(path: Path, tag: str) -> list[nbformat.NotebookNode]:
+    return [cell for cell in cells(path, "code") if tag in cell.metadata.get("tags", [])]
+
+
+def allowed_imports() -> set[str]:
+    """The standard library, this project and what pyproject.toml lists for running and testing it."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    requirements = project["dependencies"] + project["optional-dependencies"]["dev"]
+    names = {re.match(r"[\w-]+", requirement)[0].replace("-", "_").lower() for requirement in requirements}
+    return names | sys.stdlib_module_names | {"gsa_ref", "gsa_fast"}
+
+
+def test_there_are_notebooks():
+    assert [path.stem for path in NOTEBOOKS[:2]] == ["00_tour", "01_indexer"]
+
+
+@each_notebook
+def test_every_code_cell_was_executed_in_order(path):
+    counts = [cell.execution_count for cell in cells(path, "code")]
+    assert counts == list(range(1, len(counts) + 1))
+
+
+@each_notebook
+def test_outputs_hold_no_errors_no_warnings_and_nothing_that_changes_between_runs(path):
+    for cell in cells(path, "code"):
+        assert "execution" not in cell.metadata, "time stamps: use notebooks/execute.py"
+        kinds = [(output.output_type, output.get("name")) for output in cell.outputs]
+        assert all(kind != "error" and name != "stderr" for kind, name in kinds)
+        assert all(a != b or a[0] != "stream" for a, b in pairwise(kinds)), "a split stream: use notebooks/execute.py"
+        text = str(cell.outputs)
+        assert not re.search(r" at 0x[0-9a-f]{6,}|/(home|root|Users|tmp|work)/|[A-Z]:\\\\Users", text)
+
+
+@each_notebook
+def test_has_the_sections_of_the_skeleton_in_order(path):
+    text = "\n".join(cell.source for cell in cells(path, "markdown"))
+    assert re.match(rf"# {path.stem[:2]} · \S", text)
+    headings = re.findall(r"^## (.+)$", text, re.MULTILINE)
+    assert len(headings) == len(SECTIONS)
+    assert all(heading.startswith(section) for heading, section in zip(headings, SECTIONS, strict=True))
+    assert re.search(r"\*\*\d+ minutes\.\*\*", text)
+
+
+@each_notebook
+def test_a_prediction_is_asked_for_and_the_next_cell_asserts_the_answer(path):
+    sources = [cell.source for cell in cells(path, "code")]
+    (asked,) = (i for i, source in enumerate(sources) if re.search(r"^guess_\w+ = None", source, re.MULTILINE))
+    guesses = re.findall(r"^(guess_\w+) = None", sources[asked], re.MULTILINE)
+    answers = [source for source in sources[asked + 1 :] if "reveal(" in source]
+    assert answers[0] == sources[asked + 1]
+    assert all("assert " in source for source in answers)
+    assert re.findall(r"^reveal\((guess_\w+), ", "\n".join(answers), re.MULTILINE) == guesses
+
+
+@each_notebook
+def test_asks_no_other_host_for_anything(path):
+    notebook = nbformat.read(path, as_version=4)
+    text = "\n".join(cell.source for cell in notebook.cells) + str(notebook)
+    assert not re.search(r"""!\[[^\]]*\]\(\s*(https?:)?//|\b(src|href)\s*=\s*\\?["']?(https?:)?//""", text)
+
+
+@each_notebook
+def test_links_lead_to_files_of_the_project(path):
+    for cell in cells(path, "markdown"):
+        for target in re.findall(r"\]\(([^)#\s]+)[^)]*\)", cell.source):
+            assert (path.parent / target).exists(), target
+
+
+@each_notebook
+def test_imports_only_what_pyproject_lists(path):
+    imported = set()
+    for cell in cells(path, "code"):
+        for node in ast.walk(ast.parse(cell.source)):
+            if isinstance(node, ast.Import):
+                imported |= {alias.name.split(".")[0] for alias in node.names}
+            elif isinstance(node, ast.ImportFrom):
+                imported.add(node.module.split(".")[0])
+    assert imported <= allowed_imports()
+
+
+@each_notebook
+def test_the_puzzle_is_unsolved_as_shipped(path):
+    (stub,) = tagged(path, "puzzle")
+    (checker,) = tagged(path, "puzzle-check")
+    assert "return NotImplemented" in stub.source
+    assert [output.text for output in checker.outputs] == ["not solved yet\n"]
+
+
+@each_notebook
+def test_the_checker_accepts_the_printed_solution_and_refuses_a_wrong_one(path):
+    notebook = nbformat.read(path, as_version=4)
+    (solution,) = (
+        match[1]
+        for cell in cells(path, "markdown")
+        if (match := re.search(r"<details>.*```python\n(.*)```.*</details>", cell.source, re.DOTALL))
+    )
+    (stub,) = (cell for cell in notebook.cells if "puzzle" in cell.metadata.get("tags", []))
+    (checker,) = (cell for cell in notebook.cells if "puzzle-check" in cell.metadata.get("tags", []))
+    (name,) = re.findall(r"^def (\w+)\(", solution, re.MULTILINE)
+    wrong = f"""
+right = {name}
+
+def {name}(*arguments):  # wrong in two ways
+    if np.abs(arguments[0]).max() > 5:
+        warnings.warn("large")
+    return right(*arguments) + 1e-6
+"""
+    # The set-up and the puzzle; the lesson in between is not needed.
+    notebook.cells = [
+        next(cell for cell in notebook.cells if cell.cell_type == "code"),
+        *(nbformat.v4.new_code_cell(source) for source in (solution, checker.source, wrong, checker.source)),
+    ]
+    assert stub.source.startswith(f"def {name}(")
+    folder = {"metadata": {"path": str(path.parent)}}
+    NotebookClient(notebook, resources=folder, timeout=120, coalesce_streams=True).execute()
+    accepted, _, refused = notebook.cells[2:]
+    assert [output.text for output in accepted.outputs] == ["solved\n"]
+    assert refused.outputs[0].text.startswith("wrong")
