@@ -1,18 +1,24 @@
-"""python -m gsa_fast verify: check the kernels of this package against the reference on this machine."""
+"""python -m gsa_fast verify | compile: check the kernels of this package on this machine."""
 
 import argparse
 import json
 import os
 import sys
 import warnings
+from contextlib import nullcontext
 from pathlib import Path
 
 import torch
+import triton
 
 from gsa_fast._backend import INTERPRETED
+from gsa_fast.verification import run
+from gsa_fast.verification.compile import SHARED_MEMORY_LIMIT, compile_shipped
+from gsa_fast.verification.interpreter import enable_interpreter_checks, small_tiles
+from gsa_ref.cases import Case
 
 # Cases per stem. The interpreter runs a program in milliseconds, so selections and whole layers get fewer there.
-GPU_EXAMPLES, GPU_QUICK_EXAMPLES = 100, 12
+GPU_EXAMPLES, GPU_QUICK_EXAMPLES = 40, 6
 INTERPRETER_EXAMPLES = {
     "indexer": 200, "budget": 100, "gates": 200, "attention": 100, "selection": 40, "indexed_selection": 30,
     "layer": 30,
@@ -24,10 +30,7 @@ INTERPRETER_QUICK_EXAMPLES = {
 
 def main(argv: list[str] | None = None) -> int:
     """Run the command line; returns the exit status: 0 if everything passed, 1 if a check failed, 2 for bad usage."""
-    from gsa_fast.verification import run
-    from gsa_fast.verification.interpreter import enable_interpreter_checks
-    from gsa_ref.cases import Case
-
+    argv = sys.argv[1:] if argv is None else argv
     parser = argparse.ArgumentParser(prog="python -m gsa_fast", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
     verify = commands.add_parser(
@@ -43,13 +46,32 @@ def main(argv: list[str] | None = None) -> int:
     verify.add_argument("--seed", type=int, default=0, metavar="N", help="seed of the cases (default 0)")
     verify.add_argument("--json", type=Path, metavar="FILE", help="also write the results as a record")
     verify.add_argument("--case", metavar="JSON", help="run this one case, as a failure prints it")
+    compile_ = commands.add_parser(
+        "compile",
+        help="compile every kernel ahead of time, without a GPU",
+        description="Compile every kernel variant for the targets and show what it uses. Exit status 1 if one does not "
+        "fit its target.",
+    )
+    compile_.add_argument(
+        "--target", action="append", choices=[f"sm_{c}" for c in SHARED_MEMORY_LIMIT], help="may be repeated"
+    )
+    compile_.add_argument("--json", type=Path, metavar="FILE", help="also write the results as a record")
     options = parser.parse_args(argv)
-    if options.examples is not None and options.examples < 1:
-        parser.error(f"argument --examples: expected a number ≥ 1, got {options.examples}")
     if options.json is not None and not options.json.resolve().parent.is_dir():
         parser.error(f"argument --json: expected a file in an existing folder, got {options.json}")
+    command = " ".join(["python -m gsa_fast", *argv])
+    if options.command == "compile":
+        return run_compile(options, command)
+    return run_verify(parser, options, command)
+
+
+def run_verify(parser: argparse.ArgumentParser, options: argparse.Namespace, command: str) -> int:
+    """The `verify` command."""
+    if options.examples is not None and options.examples < 1:
+        parser.error(f"argument --examples: expected a number ≥ 1, got {options.examples}")
 
     device = "cpu" if INTERPRETED else "cuda"
+    tiles = small_tiles() if INTERPRETED else nullcontext()
     if device == "cpu":
         if options.dtype and "bfloat16" in options.dtype:
             parser.error("argument --dtype: bfloat16 needs a GPU (the Triton interpreter computes it on raw bits)")
@@ -67,7 +89,8 @@ def main(argv: list[str] | None = None) -> int:
             parser.error(f"argument --case: {error}")
         row = run.Row(case.stem, getattr(case, "dtype", "float32"), cases=1)
         try:
-            run.check_case(case, device, row)
+            with tiles:
+                run.check_case(case, device, row)
         except AssertionError as error:
             print(f"FAIL on {where}: {error}")
             return 1
@@ -84,7 +107,8 @@ def main(argv: list[str] | None = None) -> int:
         examples = dict.fromkeys(stems, options.examples)
 
     print(f"Checking the kernels of gsa_fast against gsa_ref on {where}, seed {options.seed}.", flush=True)
-    rows = run.verify(stems, dtypes, device, examples, options.seed)
+    with tiles:
+        rows = run.verify(stems, dtypes, device, examples, options.seed)
     if not rows:
         parser.error(f"nothing to check: {' and '.join(stems)} read float32 scores, got --dtype {' '.join(dtypes)}")
     print(run.format_table(rows))
@@ -95,15 +119,31 @@ def main(argv: list[str] | None = None) -> int:
         print(f"\n{row.stem} {row.dtype}: {row.detail}\nSmallest failing case; run it again with\n")
         print(f"  python -m gsa_fast verify --case '{row.smallest_failure}'")
     if options.json is not None:
-        command = " ".join(["python -m gsa_fast", *(argv if argv is not None else sys.argv[1:])])
         record = run.record(rows, device, command, options.seed)
         options.json.write_text(json.dumps(record, indent=1, ensure_ascii=False) + "\n")
     print(f"\n{len(failures)} of {len(rows)} rows failed." if failures else f"\nAll {len(rows)} rows passed.")
     return 1 if failures else 0
 
 
+def run_compile(options: argparse.Namespace, command: str) -> int:
+    """The `compile` command."""
+    targets = options.target or ["sm_80", "sm_90"]
+    kernels = compile_shipped(tuple(int(target.removeprefix("sm_")) for target in targets))
+    for k in kernels:
+        memory = f"{k.shared_memory:7d} of {k.shared_memory_limit} bytes shared"
+        fits = "fits" if k.fits else "DOES NOT FIT"
+        print(f"{k.target}  {k.kernel:26s}  {memory}  {k.registers:3d} registers  {k.stack:4d} stack  {fits}")
+    if options.json is not None:
+        record = {"suite": "compile", "triton": triton.__version__, "command": command}
+        record["rows"] = [{**k.to_dict(), "fits": k.fits} for k in kernels]
+        options.json.write_text(json.dumps(record, indent=1) + "\n")
+    misfits = [k for k in kernels if not k.fits]
+    print(f"{len(misfits)} of {len(kernels)} kernel variants do not fit." if misfits else f"All {len(kernels)} fit.")
+    return 1 if misfits else 0
+
+
 if __name__ == "__main__":
-    if not torch.cuda.is_available() and not INTERPRETED:
+    if sys.argv[1:2] == ["verify"] and not torch.cuda.is_available() and not INTERPRETED:
         # Triton reads the variable when kernels are defined, which importing this package has done: start again.
         os.environ["TRITON_INTERPRET"] = "1"
         os.execv(sys.executable, [sys.executable, "-m", "gsa_fast", *sys.argv[1:]])

@@ -49,7 +49,7 @@ def sparse_attention_kernel(
     b = pid // H_kv // L
 
     g = tl.arange(0, BLOCK_G)  # [BLOCK_G] heads of the group
-    c = tl.arange(0, BLOCK_D)  # [BLOCK_D] channels
+    c = tl.arange(0, BLOCK_D).to(tl.int64)  # [BLOCK_D] channels; 64 bits, because a stride may be anything
     head = h_kv * GROUP + g
     q_mask = (g < GROUP)[:, None] & (c < d_h)[None, :]
     b_q = tl.load(
@@ -125,6 +125,7 @@ def _sparse_attention(
         L, S, K, H_kv, scale,
         GROUP=group, d_h=d_h, BLOCK_G=max(16, triton.next_power_of_2(group)), BLOCK_D=block_d,
         BLOCK_K=block_k(block_d, q.dtype), OUTPUT_GATE=output_gate_logits is not None,
+        num_warps=8 if q.dtype == torch.float32 else 4,  # an exact float32 dot spills registers with 4
     )  # fmt: skip
     return out, lse
 

@@ -10,6 +10,7 @@ from gsa_fast._backend import no_backward, use_triton
 from gsa_ref._arguments import check_budget_arguments, check_scores
 
 RULE_CODES = {"proportional": 0, "inverse": 1, "fixed": 2}
+MAX_TILE = 1024  # scores that a program holds at a time
 
 
 # --8<-- [start:kernel]
@@ -103,7 +104,7 @@ def _score_variance(scores: Tensor) -> Tensor:
     B, L, S = scores.shape
     variance = scores.new_zeros(B, L)
     if variance.numel():
-        block = min(triton.next_power_of_2(max(S, 1)), 1024)
+        block = min(triton.next_power_of_2(max(S, 1)), MAX_TILE)
         score_variance_kernel[(B * L,)](scores, variance, *scores.stride(), L, S, BLOCK_S=block)
     return variance
 

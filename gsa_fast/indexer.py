@@ -38,10 +38,11 @@ def indexer_scores_kernel(
 
     row = tile_l * BLOCK_L + tl.arange(0, BLOCK_L)  # [BLOCK_L] rows of this launch
     s = tile_s * BLOCK_S + tl.arange(0, BLOCK_S)  # [BLOCK_S] key positions
-    c = tl.arange(0, BLOCK_D)  # [BLOCK_D] channels
+    c = tl.arange(0, BLOCK_D).to(tl.int64)  # [BLOCK_D] channels; 64 bits, because a stride may be anything
     position = tl.load(start_ptr + b) + first_row + row
     length = tl.load(lengths_ptr + b)
-    visible = (s[None, :] <= position[:, None]) & (s < length)[None, :] & (position < length)[:, None]
+    # A query that is no padding sees no padding: s ≤ position < length.
+    visible = (s[None, :] <= position[:, None]) & (position < length)[:, None]
 
     scores = tl.full([BLOCK_L, BLOCK_S], float("-inf"), tl.float32)
     last_position = tl.load(start_ptr + b) + first_row + tile_l * BLOCK_L + BLOCK_L - 1
@@ -52,7 +53,8 @@ def indexer_scores_kernel(
             other=0.0,
         )  # [BLOCK_S, BLOCK_D]
         total = tl.zeros([BLOCK_L, BLOCK_S], tl.float32)
-        for j in range(H_I):
+        for head in range(H_I):
+            j = tl.cast(head, tl.int64)
             b_q = tl.load(
                 q_ptr + b * stride_qb + row.to(tl.int64)[:, None] * stride_ql + j * stride_qh + c[None, :] * stride_qd,
                 mask=(row < L)[:, None] & (c < d_I)[None, :],
@@ -109,12 +111,14 @@ def launch_indexer_scores(
     (B, L, H_I, d_I), S = q_idx.shape, k_idx.shape[1]
     if B * L * S == 0:
         return
-    grid = (statistics_tiles(S) * triton.cdiv(L, BLOCK_L) * B,)
+    exact_float32 = q_idx.dtype == torch.float32  # its dot needs more registers: smaller tiles
+    block_l = min(BLOCK_L, 32) if exact_float32 else BLOCK_L
+    grid = (statistics_tiles(S) * triton.cdiv(L, block_l) * B,)
     indexer_scores_kernel[grid](
         q_idx, k_idx, head_logits, bias, start, lengths, scores, scores if statistics is None else statistics,
         *q_idx.stride(), *k_idx.stride(), *head_logits.stride(), *bias.stride(),
         L, S, first_row, scale,
-        H_I=H_I, d_I=d_I, BLOCK_L=BLOCK_L, BLOCK_S=BLOCK_S, BLOCK_D=max(16, triton.next_power_of_2(d_I)),
+        H_I=H_I, d_I=d_I, BLOCK_L=block_l, BLOCK_S=BLOCK_S, BLOCK_D=max(16, triton.next_power_of_2(d_I)),
         STATISTICS=statistics is not None,
     )  # fmt: skip
 

@@ -21,6 +21,8 @@ from gsa_ref.selection import check_selection_config
 # Scores of one chunk of query rows, the only array of width S that `indexed_selection` ever holds.
 CHUNK_BYTES = 256 * 2**20
 
+MAX_STATISTICS = 1024  # statistics of tiles that a program merges at a time
+
 LOWEST_KEY = tl.constexpr(-(2**31))  # of NaN
 LARGEST_KEY = tl.constexpr(0x7F800000)  # of +∞
 
@@ -229,7 +231,7 @@ def _indexed_selection(
         budget_and_select_kernel[(B * n_rows,)](
             scores, statistics, mean_variance, start, lengths, indices, counts, variance,
             n_rows, first_row, L, S, width, n_tiles, k_base, k_min, k_max,
-            RULE=RULE_CODES[rule], BLOCK_S=row_block(S), BLOCK_T=min(triton.next_power_of_2(n_tiles), 1024),
+            RULE=RULE_CODES[rule], BLOCK_S=row_block(S), BLOCK_T=min(triton.next_power_of_2(n_tiles), MAX_STATISTICS),
         )  # fmt: skip
     return indices, counts, variance
 

@@ -11,17 +11,21 @@ import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 from unittest import mock
 
 import torch
 import triton
+from tqdm import tqdm
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 
+import gsa_fast
 from gsa_fast import _backend
+from gsa_ref import GSAConfig, Selection
 
 # Shared memory that one block may use, in bytes (CUDA C++ Programming Guide, table of technical specifications).
 SHARED_MEMORY_LIMIT = {80: 166_912, 86: 101_376, 89: 101_376, 90: 232_448, 100: 232_448}
@@ -37,6 +41,7 @@ class Launch:
     signature: tuple[tuple[str, str], ...]
     constants: tuple[tuple[str, Any], ...]
     divisible_by_16: tuple[int, ...]
+    options: tuple[tuple[str, int], ...]
 
 
 @dataclass(frozen=True)
@@ -56,8 +61,8 @@ class CompiledKernel:
 
     @property
     def fits(self) -> bool:
-        """Whether it can be launched on the target, without a stack frame."""
-        return self.shared_memory <= self.shared_memory_limit and self.stack == 0
+        """Whether it can be launched on the target without spilling more than one 8-byte slot per thread."""
+        return self.shared_memory <= self.shared_memory_limit and self.stack <= 8
 
 
 @contextmanager
@@ -72,6 +77,7 @@ def recorded_launches() -> Iterator[list[Launch]]:
     launches: list[Launch] = []
 
     def record(self: JITFunction[Any], *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> None:
+        options = {name: kwargs.pop(name) for name in ("num_warps", "num_stages") if name in kwargs}
         bound = self.signature.bind(*args, **kwargs).arguments
         signature, constants, divisible = {}, {}, []
         for i, parameter in enumerate(self.params):
@@ -83,7 +89,9 @@ def recorded_launches() -> Iterator[list[Launch]]:
             signature[parameter.name] = _type_of(value)
             if isinstance(value, torch.Tensor) or (isinstance(value, int) and value % 16 == 0):
                 divisible.append(i)
-        launch = Launch(self, tuple(signature.items()), tuple(constants.items()), tuple(divisible))
+        launch = Launch(
+            self, tuple(signature.items()), tuple(constants.items()), tuple(divisible), tuple(options.items())
+        )
         if launch not in launches:
             launches.append(launch)
 
@@ -97,7 +105,7 @@ def compile_launch(launch: Launch, capability: int) -> CompiledKernel:
     names = list(dict(launch.signature))
     constants = {(names.index(name),): value for name, value in launch.constants}
     source = ASTSource(launch.kernel, dict(launch.signature), constants, attributes)
-    compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32))
+    compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=dict(launch.options))
     registers, stack = _resource_usage(compiled.asm["cubin"])
     return CompiledKernel(
         kernel=launch.kernel.__name__,
@@ -110,11 +118,46 @@ def compile_launch(launch: Launch, capability: int) -> CompiledKernel:
     )
 
 
-def compile_call(call: Callable[[], Any], capabilities: tuple[int, ...]) -> list[CompiledKernel]:
-    """Compile every kernel that `call` launches, for every target."""
+def shipped_calls(dtypes: tuple[torch.dtype, ...], head_widths: tuple[int, ...]) -> Iterator[Callable[[], Any]]:
+    """Calls of the public functions that together launch every kernel, for the given dtypes and head widths."""
+    S, B, L = 4096, 1, 16
+    config = GSAConfig(k_base=256, k_min=64, k_max=1024)
+    counts = torch.zeros(B, L, dtype=torch.int32)
+    scores = torch.zeros(B, L, S)
+    sizes: dict[str, Any] = {"k_base": config.k_base, "k_min": config.k_min, "k_max": config.k_max}
+    yield lambda: gsa_fast.score_variance(scores, impl="triton")
+    yield lambda: gsa_fast.select_tokens(scores, counts, width=1024, impl="triton")
+    for rule in ("proportional", "inverse", "fixed"):
+        yield partial(
+            gsa_fast.token_budget, scores[..., 0].contiguous(), 0.1, counts, **sizes, rule=rule, impl="triton"
+        )
+    for dtype in dtypes:
+        for d_I in (32, 64, 128):
+            q_idx, k_idx = torch.zeros(B, L, config.H_I, d_I, dtype=dtype), torch.zeros(B, S, d_I, dtype=dtype)
+            inputs = q_idx, k_idx, torch.zeros(B, L, config.H_I, dtype=dtype), torch.zeros(config.H_I)
+            yield partial(gsa_fast.indexer_scores, *inputs, scale=0.125, impl="triton")
+            if dtype == dtypes[0] or d_I == 64:
+                yield partial(gsa_fast.indexed_selection, *inputs, mean_variance=0.1, config=config, impl="triton")
+        for d_h in head_widths:
+            for H, H_kv in ((8, 8), (32, 8), (32, 1)):
+                q, k = torch.zeros(B, L, H, d_h, dtype=dtype), torch.zeros(B, S, H_kv, d_h, dtype=dtype)
+                selection = Selection(torch.zeros(B, L, 1024, dtype=torch.int32), counts)
+                for gate in (None, q):
+                    yield partial(gsa_fast.sparse_attention, q, k, k, selection, output_gate_logits=gate, impl="triton")
+        yield partial(gsa_fast.apply_gate, q, q, impl="triton")
+
+
+def compile_shipped(
+    capabilities: tuple[int, ...],
+    dtypes: tuple[torch.dtype, ...] = (torch.bfloat16, torch.float16, torch.float32),
+    head_widths: tuple[int, ...] = (64, 96, 128, 192, 256),
+) -> list[CompiledKernel]:
+    """Compile every kernel variant that the package ships for these dtypes and head widths, with a progress bar."""
     with recorded_launches() as launches:
-        call()
-    return [compile_launch(launch, capability) for launch in launches for capability in capabilities]
+        for call in shipped_calls(dtypes, head_widths):
+            call()
+    work = [(launch, capability) for capability in capabilities for launch in launches]
+    return [compile_launch(*item) for item in tqdm(work, unit="kernel", leave=False, disable=None)]
 
 
 def _type_of(value: Any) -> str:

@@ -2,10 +2,12 @@
 
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
+from unittest import mock
 
 import torch
 
+from gsa_fast import attention, budget, indexer, selection
 from gsa_fast._backend import INTERPRETED
 
 
@@ -28,3 +30,20 @@ def poisoned_memory() -> Iterator[None]:
             yield
         finally:
             torch.use_deterministic_algorithms(before[0], warn_only=before[1])
+
+
+@contextmanager
+def small_tiles(width: int = 16) -> Iterator[None]:
+    """Launch with tiles of `width` and small chunks: the tiny shapes that an interpreter affords then span several."""
+    with ExitStack() as stack:
+        for module, name, value in (
+            (indexer, "BLOCK_L", width),
+            (indexer, "BLOCK_S", width),
+            (budget, "MAX_TILE", width),
+            (selection, "row_block", lambda S: width),
+            (selection, "MAX_STATISTICS", 2),
+            (selection, "CHUNK_BYTES", 80 * width),
+            (attention, "block_k", lambda block_d, dtype: width),
+        ):
+            stack.enter_context(mock.patch.object(module, name, value))
+        yield

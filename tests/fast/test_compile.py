@@ -1,0 +1,55 @@
+"""Every kernel compiles ahead of time and fits sm_80 and sm_90: what the interpreter cannot show."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+SAMPLE = """
+import sys, torch
+from gsa_fast.verification.compile import compile_shipped
+dtype = getattr(torch, sys.argv[1])
+for k in compile_shipped((80, 90), (dtype,), (96, 128)):
+    print(k.target, k.kernel, k.shared_memory, k.shared_memory_limit, k.registers, k.stack, k.fits)
+"""
+KERNELS = {
+    "apply_gate_kernel",
+    "budget_and_select_kernel",
+    "indexer_scores_kernel",
+    "score_variance_kernel",
+    "select_tokens_kernel",
+    "sparse_attention_kernel",
+    "token_budget_kernel",
+}
+
+
+def compile_sample(dtype: str, code: str = SAMPLE, root: Path = ROOT) -> subprocess.CompletedProcess[str]:
+    """In a process of its own, because kernels of this one may be interpreted."""
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | {"PYTHONPATH": str(root)}
+    return subprocess.run(
+        [sys.executable, "-c", code, dtype], cwd=root, env=environment, capture_output=True, text=True, check=False
+    )
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
+def test_every_kernel_compiles_and_fits_sm_80_and_sm_90(dtype):
+    run = compile_sample(dtype)
+    assert run.returncode == 0, run.stderr
+    lines = [line.split() for line in run.stdout.splitlines()]
+    assert {(target, kernel) for target, kernel, *_ in lines} == {(t, k) for t in ("sm_80", "sm_90") for k in KERNELS}
+    assert [line for line in lines if line[-1] != "True"] == []
+
+
+def test_the_sample_names_every_kernel_of_the_package():
+    sources = "\n".join(path.read_text() for path in (ROOT / "gsa_fast").glob("*.py"))
+    defined = {line.split("(")[0].removeprefix("def ") for line in sources.splitlines() if "_kernel(" in line}
+    assert {name for name in defined if name.endswith("_kernel") and not name.startswith(" ")} == KERNELS
+
+
+def test_recording_launches_is_refused_where_kernels_are_interpreted():
+    run = compile_sample("float32", "import os; os.environ['TRITON_INTERPRET'] = '1'" + SAMPLE)
+    assert run.returncode == 1
+    assert "RuntimeError: TRITON_INTERPRET: expected unset for ahead-of-time compilation, got 1" in run.stderr

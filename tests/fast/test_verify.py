@@ -1,0 +1,109 @@
+"""`python -m gsa_fast verify`: what it prints, what it writes, when it fails."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import gsa_fast
+from gsa_fast.__main__ import INTERPRETER_EXAMPLES, INTERPRETER_QUICK_EXAMPLES, main
+from gsa_fast.verification import checks, run
+from gsa_ref.cases import CASES, GateCase
+
+ROOT = Path(__file__).parents[2]
+CASE = GateCase(B=1, L=3, heads=2, width=4, dtype="float32", values="normal", layout="margins", seed=5)
+
+
+@pytest.fixture
+def broken_gate(monkeypatch):
+    """A gate that is wrong in its last element, for widths above 2."""
+
+    def apply_gate(x, gate_logits, *, impl="auto"):
+        out = gsa_fast.gates._apply_gate(x, gate_logits).clone()
+        if x.shape[-1] > 2:
+            out[..., -1] += 1
+        return out
+
+    monkeypatch.setattr(checks.gsa_fast, "apply_gate", apply_gate)
+
+
+def test_a_green_run_prints_one_row_per_stem_and_dtype_and_exits_0(capsys, tmp_path):
+    file = tmp_path / "record.json"
+    arguments = ["--stem", "gates", "--stem", "indexer", "--dtype", "float32", "--examples", "3", "--json", str(file)]
+    assert main(["verify", *arguments]) == 0
+    printed = capsys.readouterr().out
+    assert [line.split()[:3] for line in printed.splitlines() if "pass" in line.split()] == [
+        ["gates", "float32", "3"],
+        ["indexer", "float32", "3"],
+    ]
+    assert "All 2 rows passed." in printed
+    record = json.loads(file.read_text())
+    assert record["seed"] == 0
+    assert record["command"].startswith("python -m gsa_fast verify --stem gates")
+    assert [row["verdict"] for row in record["rows"]] == ["pass", "pass"]
+    assert all(row["worst_error"] <= row["budget"] for row in record["rows"])
+
+
+def test_a_fault_exits_1_and_prints_the_smallest_case_so_that_it_can_be_pasted_back(capsys, broken_gate):
+    assert main(["verify", "--stem", "gates", "--dtype", "float32", "--examples", "20"]) == 1
+    printed = capsys.readouterr().out
+    assert "1 of 1 rows failed." in printed
+    case = next(line for line in printed.splitlines() if "--case" in line).split("--case ")[1].strip("'")
+    smallest = json.loads(case)
+    assert (smallest["B"], smallest["L"], smallest["heads"], smallest["width"]) == (1, 1, 1, 8)
+    assert main(["verify", "--case", case]) == 1
+    assert "FAIL" in capsys.readouterr().out
+
+
+def test_a_case_that_passes_is_reported_as_such(capsys):
+    assert main(["verify", "--case", CASE.to_json()]) == 0
+    assert capsys.readouterr().out.startswith("pass on ")
+
+
+def test_a_kernel_that_raises_is_a_failure_and_not_a_crash(capsys, monkeypatch):
+    def apply_gate(x, gate_logits, *, impl="auto"):
+        raise RuntimeError("no such kernel")
+
+    monkeypatch.setattr(checks.gsa_fast, "apply_gate", apply_gate)
+    assert main(["verify", "--stem", "gates", "--dtype", "float32", "--examples", "2"]) == 1
+    assert "RuntimeError: no such kernel" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--examples", "0"], "argument --examples: expected a number ≥ 1, got 0"),
+        (["--stem", "softmax"], "argument --stem: invalid choice: 'softmax'"),
+        (["--case", "{"], "argument --case: case: expected JSON, got '{'"),
+        (["--case", '{"stem": "gates"}'], "argument --case: case: expected the fields"),
+        (["--json", "/no/such/folder/x.json"], "argument --json: expected a file in an existing folder, got"),
+        (["--stem", "selection", "--dtype", "float16"], "nothing to check: selection read float32 scores"),
+    ],
+)
+def test_bad_usage_exits_2_and_names_the_argument(arguments, message, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        main(["verify", *arguments])
+    assert stopped.value.code == 2
+    assert message in capsys.readouterr().err
+
+
+def test_the_same_seed_draws_the_same_cases():
+    first, again, other = (run.verify_row("gates", "float32", "cpu", 10, seed) for seed in (1, 1, 2))
+    assert (first.worst_error, first.budget) == (again.worst_error, again.budget)
+    assert (first.worst_error, first.budget) != (other.worst_error, other.budget)
+
+
+def test_every_stem_has_a_check_a_case_and_a_number_of_examples():
+    assert set(run.STEMS) == set(CASES) == set(INTERPRETER_EXAMPLES) == set(INTERPRETER_QUICK_EXAMPLES)
+
+
+def test_without_a_gpu_the_command_switches_to_the_interpreter_by_itself():
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | {"CUDA_VISIBLE_DEVICES": ""}
+    command = [sys.executable, "-m", "gsa_fast", "verify", "--stem", "gates", "--examples", "1"]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "on the CPU, in the Triton interpreter" in done.stdout
+    assert "bfloat16 was not run" in done.stdout

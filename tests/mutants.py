@@ -1,0 +1,232 @@
+"""Faults for the kernels: each is one changed line in a copy of `gsa_fast`, and `verify` must turn red.
+
+    python -m tests.mutants              all of them, one line each
+    python -m tests.mutants --only NAME  some of them
+
+A check that stays green under a fault checks nothing. Exit status 1 if a fault survives or the unchanged copy fails.
+"""
+
+import argparse
+import importlib
+import multiprocessing
+import os
+import shutil
+import sys
+import tempfile
+import time
+import warnings
+from dataclasses import dataclass
+from multiprocessing import connection
+from pathlib import Path
+from typing import Any
+
+os.environ["TRITON_INTERPRET"] = "1"  # before Triton is imported: the faults are looked for in the interpreter
+
+import torch
+import triton  # noqa: F401  imported once here, inherited by every child
+from tqdm import tqdm
+
+import gsa_ref.cases  # noqa: F401
+
+ROOT = Path(__file__).parents[1]
+TIMEOUT_SECONDS = 120  # a fault may make a loop endless
+
+
+@dataclass(frozen=True)
+class Mutant:
+    """Replace `original`, which occurs once in gsa_fast/<file>, by `fault`; the check of `stem` must notice."""
+
+    name: str
+    stem: str
+    file: str
+    original: str
+    fault: str
+
+    def apply(self, package: Path) -> None:
+        path = package / self.file
+        source = path.read_text()
+        if (found := source.count(self.original)) != 1:
+            raise ValueError(f"mutant {self.name}: expected its line once in {self.file}, found it {found} times")
+        path.write_text(source.replace(self.original, self.fault))
+
+
+def _of(stem: str, file: str, *faults: tuple[str, str, str]) -> list[Mutant]:
+    return [Mutant(name, stem, file, original, fault) for name, original, fault in faults]
+
+
+MUTANTS = [
+    *_of(
+        "indexer",
+        "indexer.py",
+        ("indexer sees one key of the future", "s[None, :] <= position[:, None]", "s[None, :] <= position[:, None] + 1"),
+        ("indexer scores padded queries", " & (position < length)[:, None]", ""),
+        ("indexer forgets a head", "for head in range(H_I):", "for head in range(H_I - 1):"),
+        ("indexer forgets the bias", 'input_precision="ieee") + bias', 'input_precision="ieee")'),
+        ("indexer forgets the scale", "z = scale * tl.dot", "z = tl.dot"),
+        ("indexer head weight without sigmoid", "stable_sigmoid(w.to(tl.float32))", "w.to(tl.float32)"),
+        ("indexer reads keys with the batch stride of q", "k_ptr + b * stride_kb", "k_ptr + b * stride_qb"),
+        ("indexer skips the last tile", "if tile_s * BLOCK_S <= last", "if tile_s * BLOCK_S + BLOCK_S <= last"),
+        ("indexer ignores start", "position = tl.load(start_ptr + b) + first_row + row", "position = first_row + row"),
+        ("indexer loads channels past the width", "mask=(s < S)[:, None] & (c < d_I)[None, :]", "mask=(s < S)[:, None]"),
+    ),
+    *_of("indexer", "_primitives.py", ("sigmoid mirrored", "tl.where(x >= 0, 1.0, e)", "tl.where(x >= 0, e, 1.0)")),
+    *_of(
+        "indexed_selection",
+        "indexer.py",
+        ("statistics count one key too many", "n = tl.sum(counted.to(tl.float32), axis=1)", "n = tl.sum(counted.to(tl.float32), axis=1) + 1"),
+        ("statistics overwrite the neighbouring tile", "3 * tiles_s + tile_s", "3 * tiles_s"),
+    ),
+    *_of("indexed_selection", "_primitives.py", ("query does not see itself", "position + 1, length", "position, length")),
+    *_of(
+        "budget",
+        "budget.py",
+        ("moments merged without the distance of means", " + delta * delta * n_a * share_b", ""),
+        ("sample variance instead of population", "tl.store(variance_ptr + pid, m2 / tl.maximum(n, 1.0))", "tl.store(variance_ptr + pid, m2 / tl.maximum(n - 1.0, 1.0))"),
+        ("proportional rule dropped", "if RULE == 0:", "if RULE == 3:"),
+        ("inverse rule is proportional", "tl.div_rn(mean_variance, variance)", "tl.div_rn(variance, mean_variance)"),
+        ("budget below k_min", "tl.maximum(k_base * ratio, k_min * 1.0)", "k_base * ratio"),
+        ("budget above k_max", ", k_max * 1.0)", ", 1000000.0)"),
+        ("budget above the visible keys", "tl.minimum(tl.floor(k).to(tl.int32), n_valid)", "tl.floor(k).to(tl.int32)"),
+        ("budget rounded up", "tl.floor(k)", "tl.ceil(k)"),
+        ("unset mean not noticed", "ratio = tl.where(mean_variance > 0, ratio, 1.0)", "ratio = ratio + 0.0"),
+        ("NaN scores enter the variance", "counted = (x == x) & ", "counted = "),
+    ),
+    *_of(
+        "selection",
+        "selection.py",
+        ("minus zero below zero", "bits = tl.where(x == 0.0, 0, bits)", "bits = bits + 0"),
+        ("NaN ranks by its bits", "return tl.where(x == x, key, LOWEST_KEY)", "return key"),
+        ("negative scores in reverse", "bits ^ 0x7FFFFFFF", "bits"),
+        ("one tie too many", "tie_rank < ties_wanted", "tie_rank <= ties_wanted"),
+        ("ties restart in every tile", "ties_seen += tl.sum(tie, axis=0)", "ties_seen += 0"),
+        ("slots restart in every tile", "written += tl.sum(take_int, axis=0)", "written += 0"),
+        ("tail starts one slot late", "(slot >= kappa)", "(slot > kappa)"),
+        ("masked positions are candidates", 'return ordered_key(x), x != float("-inf")', "return ordered_key(x), s < n_keys"),
+        ("budget ignored", "tl.minimum(tl.minimum(tl.maximum(k, 0), K), n_candidates)", "tl.minimum(K, n_candidates)"),
+        ("bisection stops one step early", "while low < high:", "while low + 1 < high:"),
+    ),
+    *_of(
+        "indexed_selection",
+        "selection.py",
+        ("chunks overwrite one another", "out_row = b * L + t", "out_row = b * L + pid % rows"),
+        ("chunks start at position 0", "first_row + pid % rows", "0 * first_row + pid % rows"),
+        ("statistics of the wrong row", "statistics_ptr + pid * 3 * n_tiles", "statistics_ptr + pid * n_tiles"),
+    ),
+    *_of(
+        "attention",
+        "attention.py",
+        ("future slots attended", " & (s <= position)", ""),
+        ("accumulator not rescaled", "acc * rescale[:, None]", "acc"),
+        ("sum not rescaled", "l * rescale", "l"),
+        ("running maximum forgotten", "m_new = tl.maximum(m, tl.max(logits, axis=1))", "m_new = tl.max(logits, axis=1)"),
+        ("fully masked first tile gives NaN", 'tl.where(m_new == float("-inf"), 0.0, m_new)', "m_new"),
+        ("query heads interleaved over groups", "head = h_kv * GROUP + g", "head = g * H_kv + h_kv"),
+        ("attention forgets the scale", "logits = scale * tl.dot", "logits = tl.dot"),
+        ("empty slots attended", 'tl.where(filled[None, :], logits, float("-inf"))', "logits"),
+        ("lse in base 2", "tl.log(l_safe)", "tl.log2(l_safe)"),
+        ("empty row divides by zero", "l_safe = tl.where(n_filled == 0, 1.0, l)", "l_safe = l"),
+        ("last slots skipped", "for first in range(0, count, BLOCK_K):", "for first in range(0, count - 1, BLOCK_K):"),
+        ("output gate without sigmoid", "out * stable_sigmoid(gate.to(tl.float32))", "out * gate.to(tl.float32)"),
+        ("value gate forgotten", 'v = apply_gate(v, value_gate_logits, impl="triton")', "v = v + 0"),
+        ("values read with the strides of keys", "p_v + row * stride_vs", "p_v + row * stride_ks"),
+    ),
+    *_of(
+        "gates",
+        "gates.py",
+        ("gate without sigmoid", "x * stable_sigmoid(gate)", "x * gate"),
+        ("gate read with the strides of x", "i2 * stride_g2", "i2 * stride_x2"),
+        ("gate skips the last elements", "inside = i < n_elements", "inside = i < n_elements - 1"),
+    ),
+]  # fmt: skip
+
+
+def check_copy(mutant: Mutant | None) -> tuple[str, str]:
+    """(verdict, detail) of the check on a copy with this fault; None runs every check on an unchanged copy.
+
+    Runs in a fresh child process, which imports the copy under the name gsa_fast.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        package = Path(folder) / "gsa_fast"
+        shutil.copytree(ROOT / "gsa_fast", package, ignore=shutil.ignore_patterns("__pycache__"))
+        if mutant is not None:
+            mutant.apply(package)
+        sys.path.insert(0, folder)
+        sys.dont_write_bytecode = True
+        warnings.simplefilter("ignore")
+        torch.set_num_threads(1)
+        run = importlib.import_module("gsa_fast.verification.run")
+        main = importlib.import_module("gsa_fast.__main__")
+        interpreter = importlib.import_module("gsa_fast.verification.interpreter")
+        if Path(run.__file__).parents[1] != package:
+            raise RuntimeError(f"expected gsa_fast from {package}, got {run.__file__}")
+        run.SHRINK_SECONDS = 0.0  # any failure will do
+        interpreter.enable_interpreter_checks()
+        stems = run.STEMS if mutant is None else (mutant.stem,)
+        with interpreter.small_tiles():
+            for stem in stems:
+                row = run.verify_row(
+                    stem, "float32", "cpu", main.INTERPRETER_EXAMPLES[stem] // (1 if mutant else 3), seed=0
+                )
+                if row.failed:
+                    return row.verdict, row.detail.splitlines()[0]
+        return "pass", ""
+
+
+def run_in_children(work: list[Mutant | None], jobs: int) -> list[tuple[str, str]]:
+    """`check_copy` for each, in forked processes: a fault may write out of bounds and take its process with it."""
+    context = multiprocessing.get_context("fork")
+    outcomes: dict[int, tuple[str, str]] = {}
+    running: dict[Any, tuple[int, Any, float]] = {}
+
+    def child(pipe: Any, mutant: Mutant | None) -> None:
+        pipe.send(check_copy(mutant))
+
+    waiting = list(enumerate(work))[::-1]
+    with tqdm(total=len(work), unit="fault", leave=False, disable=None) as bar:
+        while waiting or running:
+            while waiting and len(running) < jobs:
+                i, mutant = waiting.pop()
+                receiver, sender = context.Pipe(duplex=False)
+                process = context.Process(target=child, args=(sender, mutant))
+                process.start()
+                sender.close()
+                running[process.sentinel] = (i, (process, receiver), time.monotonic())
+            connection.wait(list(running), timeout=1)
+            for sentinel, (i, (process, receiver), started) in list(running.items()):
+                expired = time.monotonic() - started > TIMEOUT_SECONDS
+                if process.is_alive() and not expired:
+                    continue
+                del running[sentinel]
+                bar.update()
+                if process.is_alive():
+                    process.kill()
+                    outcomes[i] = ("TIMEOUT", f"no verdict after {TIMEOUT_SECONDS} s")
+                elif receiver.poll():
+                    outcomes[i] = receiver.recv()
+                else:
+                    outcomes[i] = ("CRASH", f"the process ended with status {process.exitcode}")
+    return [outcomes[i] for i in range(len(work))]
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m tests.mutants", description=__doc__.splitlines()[0])
+    parser.add_argument("--only", action="append", metavar="NAME", help="faults whose name contains NAME")
+    parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="processes (default: one per core)")
+    options = parser.parse_args(argv)
+    chosen = [m for m in MUTANTS if not options.only or any(part in m.name for part in options.only)]
+    if not chosen:
+        parser.error(f"argument --only: no fault is named like {options.only}")
+    work: list[Mutant | None] = [None, *chosen]
+    control, *outcomes = run_in_children(work, options.jobs)
+    survivors = 0
+    for mutant, (verdict, detail) in zip(chosen, outcomes, strict=True):
+        killed = verdict != "pass"
+        survivors += not killed
+        status = "killed  " if killed else "SURVIVED"
+        print(f"{status}  {mutant.stem:18s} {mutant.name:48s} {detail[:90]}")
+    print(f"\n{len(chosen) - survivors} of {len(chosen)} faults turn `verify` red; the unchanged copy: {control[0]}.")
+    return 1 if survivors or control[0] != "pass" else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

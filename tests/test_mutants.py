@@ -1,0 +1,62 @@
+"""The checks turn red under faults: a sample here, all of them with `make mutants`."""
+
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+SAMPLE = [
+    "one key of the future",
+    "forgets a head",
+    "skips the last tile",
+    "count one key too many",
+    "sample variance",
+    "inverse rule",
+    "one tie too many",
+    "slots restart",
+    "chunks start",
+    "future slots",
+    "accumulator not rescaled",
+    "fully masked first tile",
+    "interleaved",
+    "value gate forgotten",
+    "gate read with the strides",
+]
+
+LIST = """
+import pathlib, sys
+from tests.mutants import MUTANTS
+for mutant in MUTANTS:
+    original = (pathlib.Path(sys.argv[1]) / mutant.file).read_text()
+    mutant.apply(pathlib.Path(sys.argv[1]))
+    assert (pathlib.Path(sys.argv[1]) / mutant.file).read_text() != original, mutant.name
+    (pathlib.Path(sys.argv[1]) / mutant.file).write_text(original)
+    print(mutant.name)
+"""
+
+
+def run(*arguments: str) -> subprocess.CompletedProcess[str]:
+    # A process of its own: the faults are loaded in the interpreter, under the name of the package.
+    return subprocess.run([sys.executable, *arguments], cwd=ROOT, capture_output=True, text=True, check=False)
+
+
+def test_every_fault_changes_the_one_line_that_it_names(tmp_path):
+    shutil.copytree(ROOT / "gsa_fast", tmp_path / "gsa_fast")
+    done = run("-c", LIST, str(tmp_path / "gsa_fast"))
+    assert done.returncode == 0, done.stderr
+    names = done.stdout.splitlines()
+    assert len(names) == len(set(names)) >= 12
+
+
+def test_a_sample_of_the_faults_turns_verify_red():
+    done = run("-m", "tests.mutants", "--jobs", "1", *(word for name in SAMPLE for word in ("--only", name)))
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stdout.count("killed") >= len(SAMPLE)
+    assert "the unchanged copy: pass." in done.stdout
+
+
+def test_an_unknown_fault_is_refused():
+    done = run("-m", "tests.mutants", "--only", "no such fault")
+    assert done.returncode == 2
+    assert "argument --only" in done.stderr
