@@ -187,6 +187,8 @@ def sparse_attention(
         TypeError, ValueError: as the reference.
         NotImplementedError: float64 with the kernels, or a backward pass through them.
     """
+    if not isinstance(selection, Selection):
+        raise TypeError(f"selection: expected a Selection, got {type(selection).__name__}")
     indices, counts = selection
     gates = {"value_gate_logits": value_gate_logits, "output_gate_logits": output_gate_logits}
     check_attention_arguments(q, k, v, indices, counts, scale=scale, start=start, **gates)

@@ -13,6 +13,7 @@ from torch import Tensor
 
 FLOATING = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 RULES = ("proportional", "inverse", "fixed")
+MOST_TOKENS = 2**24  # float32, in which Eq. 8 is computed, counts exactly up to here
 
 
 def check_tensor(name: str, value: Any, dims: str, sizes: dict[str, int], *, dtypes: Iterable[torch.dtype]) -> None:
@@ -39,8 +40,9 @@ def check_same_dtype(name: str, value: Tensor, like_name: str, like: Tensor) -> 
         raise TypeError(f"{name}: expected dtype {like.dtype} as {like_name}, got {value.dtype}")
 
 
-def check_same_device(**tensors: Tensor | None) -> None:
-    given = {name: t for name, t in tensors.items() if t is not None}
+def check_same_device(**tensors: Any) -> None:
+    """Check that all tensors among the values share a device. Other values are ignored."""
+    given = {name: t for name, t in tensors.items() if isinstance(t, Tensor)}
     (first_name, first), *others = given.items()
     for name, tensor in others:
         if tensor.device != first.device:
@@ -111,6 +113,8 @@ def check_scores(scores: Any) -> None:
 def check_budget_sizes(k_base: Any, k_min: Any, k_max: Any, rule: Any) -> None:
     for name, value in (("k_base", k_base), ("k_min", k_min), ("k_max", k_max)):
         check_int(name, value, 1)
+        if value > MOST_TOKENS:
+            raise ValueError(f"{name}: expected an int ≤ {MOST_TOKENS}, got {value}")
     if k_min > k_max:
         raise ValueError(f"k_min: expected at most k_max = {k_max}, got {k_min}")
     check_choice("rule", rule, RULES)
@@ -191,6 +195,16 @@ def check_attention_arguments(
         value_gate_logits=value_gate_logits,
         output_gate_logits=output_gate_logits,
     )
+
+
+def check_rope_arguments(x: Any, start: Any, theta: Any) -> None:
+    sizes: dict[str, int] = {}
+    check_tensor("x", x, "B L heads d", sizes, dtypes=FLOATING)
+    if sizes["d"] % 2:
+        raise ValueError(f"x: expected an even last axis (RoPE rotates pairs of channels), got {list(x.shape)}")
+    check_start(start, sizes)
+    check_number("theta", theta, positive=True)
+    check_same_device(x=x, start=start)
 
 
 def check_gate_arguments(x: Any, gate_logits: Any) -> None:

@@ -44,6 +44,8 @@ def sparse_attention(
         TypeError: wrong type or dtype.
         ValueError: wrong shape or device, H not a multiple of H_kv, or L > S without start.
     """
+    if not isinstance(selection, Selection):
+        raise TypeError(f"selection: expected a Selection, got {type(selection).__name__}")
     check_attention_arguments(
         q,
         k,

@@ -1,5 +1,7 @@
 """Gated lightning indexer (Eq. 7)."""
 
+from contextlib import AbstractContextManager, nullcontext
+
 import torch
 from jaxtyping import Float, Int32
 from torch import Tensor, nn
@@ -44,7 +46,9 @@ def indexer_scores(
     (B, L, H_I, _), S = q_idx.shape, k_idx.shape[1]
     scores = torch.zeros(B, L, S, dtype=dtype, device=q_idx.device)
     for j in range(H_I):
-        z = scale * (q_idx[:, :, j] @ k_idx.mT) + bias[j].to(dtype)  # [B, L, S]
+        with _no_autocast(q_idx.device):
+            dot = q_idx[:, :, j] @ k_idx.mT  # [B, L, S]
+        z = scale * dot + bias[j].to(dtype)
         scores = scores + weight[:, :, j, None] * torch.sigmoid(z)
     return scores.masked_fill(~visible(L, S, start, lengths, q_idx.device), -torch.inf)
 
@@ -52,14 +56,19 @@ def indexer_scores(
 # --8<-- [end:indexer_scores]
 
 
+def _no_autocast(device: torch.device) -> AbstractContextManager[None]:
+    # Autocast would round the products to 16 bits, and hundreds of keys would tie.
+    if not torch.amp.is_autocast_available(device.type):
+        return nullcontext()
+    return torch.autocast(device.type, enabled=False)
+
+
 def visible(L: int, S: int, start: int | Tensor, lengths: Tensor | None, device: torch.device) -> "Tensor":
-    """Which keys a query may see: s ≤ start + t, and both positions below lengths. Bool, broadcastable to [B, L, S]."""
+    """Which keys a query may see: s ≤ start + t, both positions below lengths (S). Bool, broadcastable to [B, L, S]."""
     t = torch.as_tensor(start, device=device).reshape(-1, 1) + torch.arange(L, device=device)  # [B or 1, L]
     s = torch.arange(S, device=device)
-    mask = s <= t[..., None]
-    if lengths is not None:
-        mask = mask & (s < lengths[:, None, None]) & (t < lengths[:, None])[..., None]
-    return mask
+    end = torch.full_like(t[:, :1], S) if lengths is None else lengths[:, None]  # [B or 1, 1]
+    return (s <= t[..., None]) & (t < end)[..., None]
 
 
 class LightningIndexer(nn.Module):

@@ -1,12 +1,14 @@
 """Rotary position embedding (RoFormer, arXiv 2104.09864), the half-split layout of LLaMA."""
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float, Int32
 from torch import Tensor
+
+from gsa_ref._arguments import check_rope_arguments
 
 
 def apply_rope(
-    x: Float[Tensor, "B L heads d"], *, start: int | Int[Tensor, " B"] = 0, theta: float = 10000.0
+    x: Float[Tensor, "B L heads d"], *, start: int | Int32[Tensor, " B"] = 0, theta: float = 10000.0
 ) -> Float[Tensor, "B L heads d"]:
     """Rotate the pair (x[i], x[i + d/2]) of the token at position p by the angle p · θ^(−2i/d).
 
@@ -19,11 +21,11 @@ def apply_rope(
         The shape and dtype of x. Angles are computed in float64 for float64 input, else in float32.
 
     Raises:
-        ValueError: d is odd.
+        TypeError: wrong type or dtype.
+        ValueError: wrong shape or device, an odd d, a negative start, or theta not above 0.
     """
+    check_rope_arguments(x, start, theta)
     _, L, _, d = x.shape
-    if d % 2:
-        raise ValueError(f"x: expected an even last axis (RoPE rotates pairs of channels), got {d}")
     dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
     first = torch.as_tensor(start, device=x.device).reshape(-1, 1)  # [B or 1, 1]
     position = (first + torch.arange(L, device=x.device)).to(dtype)  # [B or 1, L]

@@ -1,0 +1,278 @@
+"""The layer at work: decoding, chunked prefill, compilation; and what PyTorch asks of a custom op."""
+
+import warnings
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+import gsa_fast  # registers the custom ops
+import gsa_ref
+from gsa_fast.verification.checks import numpy
+from gsa_ref import GSACache, GSAConfig, Selection
+from gsa_ref.check import error_budget
+from tests.fast.helpers import examples, int32, same
+
+CONFIG = GSAConfig(d=16, H=4, H_kv=2, d_h=8, H_I=2, d_I=16, k_base=3, k_min=2, k_max=5)
+CONFIGS = st.builds(
+    GSAConfig,
+    d=st.just(16),
+    H=st.just(4),
+    H_kv=st.sampled_from((1, 2)),
+    d_h=st.just(8),
+    H_I=st.integers(1, 3),
+    d_I=st.just(16),
+    k_base=st.just(3),
+    k_min=st.integers(1, 3),
+    k_max=st.integers(3, 6),
+    rule=st.sampled_from(("proportional", "inverse", "fixed")),
+    gates=st.sampled_from(("both", "value", "output", "none")),
+)
+
+
+class Recorded:
+    """A layer whose indexer is exact: parameters and inputs are small multiples of powers of two.
+
+    Every product and sum in q^I·k^I is then exact in any order and dtype, so that scores, and with them selections,
+    must agree bit for bit between prefill and decoding, ties included. All other parameters are random.
+    """
+
+    def __init__(self, config: GSAConfig, seed: int, device: str, dtype: torch.dtype = torch.float32) -> None:
+        g = torch.Generator().manual_seed(seed)
+        torch.manual_seed(seed)
+        self.layer = gsa_fast.GatedSparseAttention(config, impl="triton").eval()
+        with torch.no_grad():
+            for projection in (self.layer.indexer.W_iq, self.layer.indexer.W_ik, self.layer.indexer.W_iw):
+                projection.weight.copy_(torch.randint(-2, 3, projection.weight.shape, generator=g) / 4)
+            self.layer.indexer.bias.copy_(torch.randint(-2, 3, (config.H_I,), generator=g) / 2)
+            self.layer.mean_variance.fill_(0.05)
+        self.layer.to(device=device, dtype=dtype)
+        self.selections: list[Selection] = []
+        run_kernel = self.layer._indexed_selection
+
+        def record(*tensors: torch.Tensor, **keywords: Any) -> Any:
+            result = run_kernel(*tensors, **keywords)
+            self.selections.append(result[0])
+            return result
+
+        self.layer._indexed_selection = record
+
+    def hidden(self, B: int, L: int, seed: int) -> torch.Tensor:
+        weight = self.layer.W_q.weight
+        h = torch.randint(-2, 3, (B, L, weight.shape[1]), generator=torch.Generator().manual_seed(seed)) / 2
+        return h.to(weight)
+
+    @torch.no_grad()
+    def __call__(self, h: torch.Tensor, **keywords: Any) -> torch.Tensor:
+        return self.layer(h, **keywords).hidden
+
+    def selection(self, width: int) -> Selection:
+        """What was selected since the last call of this method, all rows together, in `width` slots."""
+        indices = [
+            torch.nn.functional.pad(s.indices, (0, width - s.indices.shape[-1]), value=-1) for s in self.selections
+        ]
+        counts = torch.cat([s.counts for s in self.selections], 1)
+        self.selections.clear()
+        return Selection(torch.cat(indices, 1), counts)
+
+    def in_budget(self, output: torch.Tensor, h: torch.Tensor, selection: Selection) -> bool:
+        """The output is within the error budget of one prefill with this selection, by the reference."""
+        reference = gsa_ref.GatedSparseAttention(self.layer.config).eval().to(h)
+        reference.load_state_dict(self.layer.state_dict())
+        reference._indexed_selection = lambda *_, **__: (selection, h.new_zeros(h.shape[:2]))
+        with torch.no_grad():
+            baseline = reference(h).hidden
+            gold = reference.double()(h.double()).hidden
+        return bool(error_budget(numpy(output), numpy(baseline), numpy(gold), h.dtype))
+
+
+# --- decoding -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@examples(5)
+@given(data=st.data())
+def test_decoding_token_by_token_equals_prefill(dtype, data, device):
+    """Property 53: the same selections, bitwise, and outputs within the error budget of one prefill."""
+    model = Recorded(data.draw(CONFIGS), data.draw(st.integers(0, 2**16)), device, dtype)
+    B, L, prompt = data.draw(st.integers(1, 2)), 10, data.draw(st.integers(0, 8))
+    h = model.hidden(B, L, data.draw(st.integers(0, 2**16)))
+    prefill = model(h)
+    width = min(model.layer.config.k_max, L)
+    expected = model.selection(width)
+    cache = GSACache.allocate(model.layer.config, B, L, dtype=dtype, device=device)
+    outputs = [model(h[:, :prompt], cache=cache)]
+    outputs += [model(h[:, t : t + 1], cache=cache) for t in range(prompt, L)]
+    assert same(model.selection(width), expected)
+    assert model.in_budget(prefill, h, expected)
+    assert model.in_budget(torch.cat(outputs, 1), h, expected)
+
+
+@examples(4)
+@given(CONFIGS, st.integers(0, 2**16), st.lists(st.integers(0, 5), min_size=1, max_size=4))
+def test_prefill_in_chunks_equals_one_prefill(device, config, seed, chunks):
+    """Property 54; a chunk may be empty."""
+    model = Recorded(config, seed, device)
+    B, L = 2, 9
+    h = model.hidden(B, L, seed)
+    model(h)
+    width = min(config.k_max, L)
+    expected = model.selection(width)
+    cache, outputs, done = GSACache.allocate(config, B, L + 3, device=device), [], 0
+    for n in [*chunks, L]:
+        outputs.append(model(h[:, done : done + n], cache=cache))
+        done = min(done + n, L)
+    assert same(model.selection(width), expected)
+    assert model.in_budget(torch.cat(outputs, 1), h, expected)
+
+
+@examples(4)
+@given(CONFIGS, st.integers(0, 2**16), st.data())
+def test_right_padded_chunks_give_every_sequence_its_own_prefill(device, config, seed, data):
+    """Each call brings another number of tokens per sequence; the rest is poison."""
+    model = Recorded(config, seed, device)
+    B, L = 2, 9
+    h, done = model.hidden(B, L, seed), [0] * B
+    cache = GSACache.allocate(config, B, L + 6, device=device)
+    outputs: list[list[torch.Tensor]] = [[] for _ in range(B)]
+    selections: list[list[Selection]] = [[] for _ in range(B)]
+    for _ in range(3):
+        lengths = [data.draw(st.integers(0, min(4, L - n))) for n in done]
+        chunk = torch.full((B, 4, h.shape[-1]), torch.nan, device=device)
+        for b, n in enumerate(lengths):
+            chunk[b, :n] = h[b, done[b] : done[b] + n]
+        output = model(chunk, cache=cache, lengths=int32(lengths, device))
+        selection = model.selection(config.k_max)
+        for b, n in enumerate(lengths):
+            outputs[b].append(output[b, :n])
+            selections[b].append(Selection(*(x[b : b + 1, :n] for x in selection)))
+            assert not output[b, n:].any()
+            done[b] += n
+    for b in range(B):
+        one = h[b : b + 1, : done[b]]
+        model(one)
+        expected = model.selection(config.k_max)
+        assert same(tuple(torch.cat(parts, 1) for parts in zip(*selections[b], strict=True)), expected)
+        assert model.in_budget(torch.cat(outputs[b])[None], one, expected)
+
+
+def test_a_decoded_token_attends_to_the_prompt(device):
+    """A cache without indexer keys would score the new token only; a peer's returns exactly 0 here."""
+    model = Recorded(CONFIG, 0, device)
+    h = model.hidden(1, 24, 0)
+    outputs = []
+    for prompt in (h[:, :-1], h[:, :0]):
+        cache = GSACache.allocate(CONFIG, 1, 24, device=device)
+        model(prompt, cache=cache)
+        outputs.append(model(h[:, -1:], cache=cache))
+        assert outputs[-1].any()
+    last = model.selections[1]
+    assert last.indices.min() < 23
+    assert int(last.counts) >= 2
+    assert not same(*outputs)
+
+
+@pytest.mark.parametrize(("B", "L"), [(0, 3), (2, 0)])
+def test_empty_batches_and_empty_chunks_go_through_a_cache(B, L, device):
+    model = Recorded(CONFIG, 0, device)
+    cache = GSACache.allocate(CONFIG, B, 4, device=device)
+    assert model(model.hidden(B, L, 0), cache=cache).shape == (B, L, CONFIG.d)
+
+
+# --- torch.compile ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("variant", ["dense", "sparse", "gated", "gsa"])
+@pytest.mark.parametrize("padded", [False, True])
+def test_the_compiled_layer_equals_the_eager_one_bitwise(variant, padded, device):
+    """Property 55: one graph, without a break."""
+    torch.manual_seed(0)
+    layer = gsa_fast.GatedSparseAttention(CONFIG.variant(variant), impl="triton").to(device).eval()
+    h = torch.randn(2, 8, CONFIG.d, generator=torch.Generator().manual_seed(0)).to(device)
+    lengths = int32([8, 3], device) if padded else None
+    torch._dynamo.reset()
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+    with torch.no_grad():
+        assert same(compiled(h, lengths=lengths).hidden, layer(h, lengths=lengths).hidden)
+
+
+# --- torch.library.opcheck ----------------------------------------------------------------------------------------
+
+
+def op_arguments(name: str, device: str, B: int, L: int, gate: bool) -> tuple[Any, ...]:
+    g = torch.Generator().manual_seed(0)
+    S = L + 2
+
+    def tensor(*shape: int) -> torch.Tensor:
+        return torch.randn(shape, generator=g).to(device)
+
+    start, lengths = int32([2] * B, device), int32([S] * B, device)
+    indexer = tensor(B, L, 2, 4), tensor(B, S, 4), tensor(B, L, 2), tensor(2)
+    counts = torch.full((B, L), 2, dtype=torch.int32, device=device)
+    return {
+        "indexer_scores": (*indexer, start, lengths, 0.5),
+        "score_variance": (tensor(B, L, S),),
+        "token_budget": (tensor(B, L).abs(), torch.tensor(0.5, device=device), counts, 3, 1, 4, "inverse"),
+        "select_tokens": (tensor(B, L, S), counts, 3),
+        "indexed_selection": (
+            *indexer, torch.tensor(0.01, device=device), start, lengths, 0.5, 3, 1, 4, "proportional", 4
+        ),
+        "sparse_attention": (
+            tensor(B, L, 4, 8),
+            tensor(B, S, 2, 8),
+            tensor(B, S, 2, 8),
+            torch.tensor([0, 2], dtype=torch.int32, device=device).expand(B, L, 2).contiguous(),
+            counts,
+            start,
+            tensor(B, L, 4, 8) if gate else None,
+            0.35,
+        ),
+        "apply_gate": (tensor(B, L, 3), tensor(B, L, 3)),
+    }[name]  # fmt: skip
+
+
+OPS = (
+    "indexer_scores",
+    "score_variance",
+    "token_budget",
+    "select_tokens",
+    "indexed_selection",
+    "sparse_attention",
+    "apply_gate",
+)
+OP_CALLS = [(name, False) for name in OPS] + [("sparse_attention", True)]
+
+
+@pytest.mark.parametrize(("name", "gate"), OP_CALLS)
+@pytest.mark.parametrize(("B", "L"), [(2, 3), (0, 3), (2, 0)])
+def test_custom_ops_pass_opcheck(name, gate, B, L, device):
+    """Schema, fake kernel, autograd registration, and tracing with dynamic shapes."""
+    op = getattr(torch.ops.gsa_fast, name).default
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)
+        torch.library.opcheck(op, op_arguments(name, device, B, L, gate))
+
+
+@pytest.mark.parametrize(("name", "gate"), OP_CALLS)
+def test_fake_kernels_give_the_shapes_dtypes_and_strides_of_the_real_ones(name, gate, device):
+    """For inputs with strides of their own, too."""
+    arguments = tuple(
+        x.transpose(0, 1).contiguous().transpose(0, 1) if torch.is_tensor(x) and x.dim() > 1 else x
+        for x in op_arguments(name, device, 2, 3, gate)
+    )
+    op = getattr(torch.ops.gsa_fast, name).default
+    real = op(*arguments)
+    with torch._subclasses.FakeTensorMode() as mode:
+        fake = op(*(mode.from_tensor(x) if torch.is_tensor(x) else x for x in arguments))
+    real, fake = ((x,) if torch.is_tensor(x) else tuple(x) for x in (real, fake))
+    described = [[(x.shape, x.dtype, x.stride(), x.device.type) for x in result] for result in (real, fake)]
+    assert described[0] == described[1]
+
+
+def test_every_custom_op_is_checked():
+    registered = {
+        name.split("::")[1] for name in torch._C._dispatch_get_all_op_names() if name.startswith("gsa_fast::")
+    }
+    assert registered == set(OPS)

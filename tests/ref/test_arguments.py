@@ -1,0 +1,378 @@
+"""Bad inputs: the exception's type, and a message with the argument, what was expected and what came.
+
+The table is the contract of every package with these functions: `gsa_fast` joins by a line in `PACKAGES`.
+"""
+
+import importlib
+import math
+import re
+from dataclasses import dataclass
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from gsa_ref import GSACache, GSAConfig, Selection
+from gsa_ref import _arguments as arguments
+
+pytestmark = pytest.mark.bad_input
+
+# Package → keyword arguments that all of its functions take besides those of the table.
+PACKAGES: dict[str, dict[str, Any]] = {"gsa_ref": {}}
+
+CONFIG = GSAConfig(d=8, H=4, H_kv=2, d_h=4, H_I=2, d_I=4, k_base=4, k_min=2, k_max=8)
+SIZES = {"k_base": 4, "k_min": 2, "k_max": 8, "rule": "fixed"}
+
+
+def zeros(*shape: int, dtype: torch.dtype = torch.float32, device: str = "cpu") -> torch.Tensor:
+    return torch.zeros(shape, dtype=dtype, device=device)
+
+
+def ints(*shape: int, dtype: torch.dtype = torch.int32, device: str = "cpu") -> torch.Tensor:
+    return torch.ones(shape, dtype=dtype, device=device)
+
+
+def selection(B: int = 2, L: int = 3, K: int = 2, **options: Any) -> Selection:
+    return Selection(ints(B, L, K, **options), ints(B, L, **options))
+
+
+# B = 2, L = 3, S = 5, H = 4, H_kv = 2, d_h = 4, H_I = 2, d_I = 4
+INDEXER = {"q_idx": zeros(2, 3, 2, 4), "k_idx": zeros(2, 5, 4), "head_logits": zeros(2, 3, 2), "bias": zeros(2)}
+VALID: dict[str, dict[str, Any]] = {
+    "indexer_scores": {**INDEXER, "scale": 0.5, "start": 2, "lengths": None},
+    "score_variance": {"scores": zeros(2, 3, 5)},
+    "token_budget": {"variance": zeros(2, 3), "mean_variance": 0.5, "n_valid": ints(2, 3), **SIZES},
+    "select_tokens": {"scores": zeros(2, 3, 5), "budget": ints(2, 3), "width": None},
+    "indexed_selection": {**INDEXER, "mean_variance": zeros(), "config": CONFIG, "start": 2, "lengths": None},
+    "sparse_attention": {
+        "q": zeros(2, 3, 4, 4),
+        "k": zeros(2, 5, 2, 4),
+        "v": zeros(2, 5, 2, 4),
+        "selection": selection(),
+        "scale": None,
+        "start": None,
+        "value_gate_logits": None,
+        "output_gate_logits": None,
+    },
+    "apply_gate": {"x": zeros(2, 3), "gate_logits": zeros(2, 3)},
+    "GatedSparseAttention.forward": {"h": zeros(2, 3, 8), "cache": None, "lengths": None},
+}
+ONLY_REFERENCE: dict[str, dict[str, Any]] = {"apply_rope": {"x": zeros(2, 3, 4, 4), "start": 0, "theta": 100.0}}
+
+
+@dataclass(frozen=True)
+class Bad:
+    """One wrong call: `changes` replace arguments of the valid call of `function`."""
+
+    function: str
+    changes: dict[str, Any]
+    exception: type[Exception]
+    argument: str
+    expected: str
+    got: str
+
+    def __str__(self) -> str:
+        return f"{self.function}-{self.argument}-{re.sub('[^a-z0-9]+', '_', self.got.lower()).strip('_')}"
+
+
+def wrong(function: str, name: str, value: Any, exception: type[Exception], expected: str, got: str) -> Bad:
+    return Bad(function, {name: value}, exception, name, expected, got)
+
+
+def not_a_tensor(function: str, name: str, value: Any) -> Bad:
+    return wrong(function, name, value, TypeError, "a torch.Tensor", type(value).__name__)
+
+
+FLOATS = "dtype float32 or float16 or bfloat16 or float64"
+WIDE = "dtype float32 or float64"
+
+
+def indexer_table(function: str) -> list[Bad]:
+    return [
+        *[not_a_tensor(function, name, np.zeros(3)) for name in INDEXER],
+        *[not_a_tensor(function, name, None) for name in INDEXER],
+        *[wrong(function, name, ints(*x.shape), TypeError, FLOATS, "torch.int32") for name, x in INDEXER.items()],
+        wrong(function, "k_idx", zeros(2, 5, 4).double(), TypeError, "dtype torch.float32 as q_idx", "torch.float64"),
+        wrong(function, "q_idx", zeros(2, 3, 8), ValueError, "shape [B, L, H_I, d_I]", "[2, 3, 8]"),
+        wrong(function, "k_idx", zeros(1, 5, 4), ValueError, "shape [B=2, S, d_I=4]", "[1, 5, 4]"),
+        wrong(function, "k_idx", zeros(2, 5, 3), ValueError, "shape [B=2, S, d_I=4]", "[2, 5, 3]"),
+        wrong(function, "k_idx", zeros(2, 5, 2, 4), ValueError, "shape [B=2, S, d_I=4]", "[2, 5, 2, 4]"),
+        wrong(function, "head_logits", zeros(2, 5, 2), ValueError, "shape [B=2, L=3, H_I=2]", "[2, 5, 2]"),
+        wrong(function, "bias", zeros(3), ValueError, "shape [H_I=2]", "[3]"),
+        wrong(function, "bias", zeros(), ValueError, "shape [H_I=2]", "[]"),
+        wrong(function, "k_idx", zeros(2, 5, 4, device="meta"), ValueError, "device cpu as q_idx", "meta"),
+        wrong(function, "bias", zeros(2, device="meta"), ValueError, "device cpu as q_idx", "meta"),
+        Bad(
+            function,
+            {"q_idx": zeros(2, 3, 0, 4), "head_logits": zeros(2, 3, 0), "bias": zeros(0)},
+            ValueError,
+            "q_idx",
+            "at least one head and one channel",
+            "[2, 3, 0, 4]",
+        ),
+        wrong(function, "start", -1, ValueError, "an int ≥ 0", "-1"),
+        wrong(function, "start", 1.0, TypeError, "an int", "float 1.0"),
+        wrong(function, "start", True, TypeError, "an int", "bool True"),
+        wrong(function, "start", None, TypeError, "an int", "NoneType None"),
+        wrong(function, "start", ints(2).long(), TypeError, "dtype int32", "torch.int64"),
+        wrong(function, "start", ints(3), ValueError, "shape [B=2]", "[3]"),
+        wrong(function, "start", ints(2, device="meta"), ValueError, "device cpu as q_idx", "meta"),
+        not_a_tensor(function, "lengths", [5, 5]),
+        wrong(function, "lengths", ints(2).long(), TypeError, "dtype int32", "torch.int64"),
+        wrong(function, "lengths", ints(2, 1), ValueError, "shape [B=2]", "[2, 1]"),
+        wrong(function, "lengths", ints(2, device="meta"), ValueError, "device cpu as q_idx", "meta"),
+    ]
+
+
+def scores_table(function: str) -> list[Bad]:
+    return [
+        not_a_tensor(function, "scores", [[0.0]]),
+        wrong(function, "scores", zeros(2, 3, 5).half(), TypeError, WIDE, "torch.float16"),
+        wrong(function, "scores", ints(2, 3, 5), TypeError, WIDE, "torch.int32"),
+        wrong(function, "scores", zeros(3, 5), ValueError, "shape [B, L, S]", "[3, 5]"),
+    ]
+
+
+def mean_variance_table(function: str) -> list[Bad]:
+    name = "mean_variance"
+    return [
+        wrong(function, name, "0.5", TypeError, "a float or a scalar tensor", "str"),
+        wrong(function, name, None, TypeError, "a float or a scalar tensor", "NoneType"),
+        wrong(function, name, True, TypeError, "a float or a scalar tensor", "bool"),
+        wrong(function, name, zeros(1), ValueError, "a scalar (shape [])", "shape [1]"),
+        wrong(function, name, zeros().bfloat16(), TypeError, WIDE, "torch.bfloat16"),
+        wrong(function, name, zeros(device="meta"), ValueError, "device cpu", "meta"),
+    ]
+
+
+GATES = {"value_gate_logits": ("S=5", "H_kv=2"), "output_gate_logits": ("L=3", "H=4")}
+TABLE = [
+    *indexer_table("indexer_scores"),
+    *indexer_table("indexed_selection"),
+    wrong("indexer_scores", "scale", "0.5", TypeError, "a number", "str '0.5'"),
+    wrong("indexer_scores", "scale", None, TypeError, "a number", "NoneType None"),
+    wrong("indexer_scores", "scale", math.nan, ValueError, "a finite number", "nan"),
+    wrong("indexed_selection", "config", {"k_base": 1}, TypeError, "a GSAConfig", "dict"),
+    *mean_variance_table("indexed_selection"),
+    *mean_variance_table("token_budget"),
+    *scores_table("score_variance"),
+    *scores_table("select_tokens"),
+    not_a_tensor("token_budget", "variance", 0.5),
+    wrong("token_budget", "variance", zeros(2, 3).half(), TypeError, WIDE, "torch.float16"),
+    wrong("token_budget", "variance", zeros(3), ValueError, "shape [B, L]", "[3]"),
+    not_a_tensor("token_budget", "n_valid", 5),
+    wrong("token_budget", "n_valid", ints(2, 3).long(), TypeError, "dtype int32", "torch.int64"),
+    wrong("token_budget", "n_valid", ints(2, 4), ValueError, "shape [B=2, L=3]", "[2, 4]"),
+    wrong("token_budget", "n_valid", ints(2, 3, device="meta"), ValueError, "device cpu as variance", "meta"),
+    *[wrong("token_budget", n, 0, ValueError, "an int ≥ 1", "0") for n in ("k_base", "k_min", "k_max")],
+    *[wrong("token_budget", n, 2.0, TypeError, "an int", "float 2.0") for n in ("k_base", "k_min", "k_max")],
+    *[wrong("token_budget", n, 2**31, ValueError, "an int ≤ 16777216", "2147483648") for n in ("k_base", "k_max")],
+    wrong("token_budget", "k_min", 9, ValueError, "at most k_max = 8", "9"),
+    wrong("token_budget", "rule", "random", ValueError, "proportional or inverse or fixed", "'random'"),
+    wrong("token_budget", "rule", 1, TypeError, "a str", "int 1"),
+    not_a_tensor("select_tokens", "budget", 2),
+    wrong("select_tokens", "budget", ints(2, 3).long(), TypeError, "dtype int32", "torch.int64"),
+    wrong("select_tokens", "budget", ints(2, 5), ValueError, "shape [B=2, L=3]", "[2, 5]"),
+    wrong("select_tokens", "budget", ints(2, 3, device="meta"), ValueError, "device cpu as scores", "meta"),
+    wrong("select_tokens", "width", 0, ValueError, "an int ≥ 1", "0"),
+    wrong("select_tokens", "width", 2.0, TypeError, "an int", "float 2.0"),
+    *[not_a_tensor("sparse_attention", name, None) for name in ("q", "k", "v")],
+    *[
+        wrong("sparse_attention", name, ints(2, 3, 4, 4), TypeError, FLOATS, "torch.int32")
+        for name in ("q", "k", "v", *GATES)
+    ],
+    *[
+        wrong(
+            "sparse_attention", name, zeros(2, 5, 2, 4).half(), TypeError, "dtype torch.float32 as q", "torch.float16"
+        )
+        for name in ("k", "v")
+    ],
+    wrong("sparse_attention", "q", zeros(2, 3, 16), ValueError, "shape [B, L, H, d_h]", "[2, 3, 16]"),
+    wrong("sparse_attention", "q", zeros(2, 3, 3, 4), ValueError, "H a multiple of H_kv = 2", "H = 3"),
+    wrong("sparse_attention", "q", zeros(2, 3, 0, 4), ValueError, "at least one head and one channel", "[2, 3, 0, 4]"),
+    wrong("sparse_attention", "k", zeros(2, 5, 2, 8), ValueError, "shape [B=2, S, H_kv, d_h=4]", "[2, 5, 2, 8]"),
+    wrong("sparse_attention", "v", zeros(2, 4, 2, 4), ValueError, "shape [B=2, S=5, H_kv=2, d_h=4]", "[2, 4, 2, 4]"),
+    wrong("sparse_attention", "v", zeros(2, 5, 4, 4), ValueError, "shape [B=2, S=5, H_kv=2, d_h=4]", "[2, 5, 4, 4]"),
+    wrong("sparse_attention", "v", zeros(2, 5, 2, 4, device="meta"), ValueError, "device cpu as q", "meta"),
+    wrong("sparse_attention", "selection", None, TypeError, "a Selection", "NoneType"),
+    wrong("sparse_attention", "selection", tuple(selection()), TypeError, "a Selection", "tuple"),
+    Bad(
+        "sparse_attention",
+        {"selection": selection(dtype=torch.int64)},
+        TypeError,
+        "selection.indices",
+        "dtype int32",
+        "torch.int64",
+    ),
+    Bad(
+        "sparse_attention",
+        {"selection": selection(L=4)},
+        ValueError,
+        "selection.indices",
+        "shape [B=2, L=3, K]",
+        "[2, 4, 2]",
+    ),
+    Bad(
+        "sparse_attention",
+        {"selection": Selection(ints(2, 3, 2), ints(2, 3, 1))},
+        ValueError,
+        "selection.counts",
+        "shape [B=2, L=3]",
+        "[2, 3, 1]",
+    ),
+    Bad("sparse_attention", {"selection": selection(device="meta")}, ValueError, "indices", "device cpu as q", "meta"),
+    wrong("sparse_attention", "scale", "1", TypeError, "a number", "str '1'"),
+    wrong("sparse_attention", "scale", math.inf, ValueError, "a finite number", "inf"),
+    wrong("sparse_attention", "start", -1, ValueError, "an int ≥ 0", "-1"),
+    wrong("sparse_attention", "start", 0.0, TypeError, "an int", "float 0.0"),
+    wrong("sparse_attention", "start", ints(3), ValueError, "shape [B=2]", "[3]"),
+    Bad(
+        "sparse_attention",
+        {"k": zeros(2, 2, 2, 4), "v": zeros(2, 2, 2, 4)},
+        ValueError,
+        "start",
+        "a value when S = 2 is below L = 3",
+        "None",
+    ),
+    *[not_a_tensor("sparse_attention", name, 1.0) for name in GATES],
+    *[
+        wrong("sparse_attention", name, zeros(2, 1, 2, 4), ValueError, f"shape [B=2, {n}, {h}, d_h=4]", "[2, 1, 2, 4]")
+        for name, (n, h) in GATES.items()
+    ],
+    *[not_a_tensor("apply_gate", name, 1.0) for name in ("x", "gate_logits")],
+    *[wrong("apply_gate", name, ints(2, 3), TypeError, FLOATS, "torch.int32") for name in ("x", "gate_logits")],
+    wrong("apply_gate", "gate_logits", zeros(3), ValueError, "shape [2, 3] as x", "[3]"),
+    wrong("apply_gate", "gate_logits", zeros(2, 3, device="meta"), ValueError, "device cpu as x", "meta"),
+    not_a_tensor("GatedSparseAttention.forward", "h", None),
+    wrong("GatedSparseAttention.forward", "h", ints(2, 3, 8), TypeError, FLOATS, "torch.int32"),
+    wrong("GatedSparseAttention.forward", "h", zeros(3, 8), ValueError, "shape [B, L, d=8]", "[3, 8]"),
+    wrong("GatedSparseAttention.forward", "h", zeros(2, 3, 16), ValueError, "shape [B, L, d=8]", "[2, 3, 16]"),
+    wrong(
+        "GatedSparseAttention.forward",
+        "h",
+        zeros(2, 3, 8).half(),
+        TypeError,
+        "dtype torch.float32 as the parameters",
+        "torch.float16",
+    ),
+    wrong(
+        "GatedSparseAttention.forward",
+        "h",
+        zeros(2, 3, 8, device="meta"),
+        ValueError,
+        "device cpu as the parameters",
+        "meta",
+    ),
+    not_a_tensor("GatedSparseAttention.forward", "lengths", [3, 3]),
+    wrong("GatedSparseAttention.forward", "lengths", ints(2).long(), TypeError, "dtype int32", "torch.int64"),
+    wrong("GatedSparseAttention.forward", "lengths", ints(3), ValueError, "shape [B=2]", "[3]"),
+    wrong("GatedSparseAttention.forward", "lengths", ints(2, device="meta"), ValueError, "device cpu as h", "meta"),
+    wrong("GatedSparseAttention.forward", "cache", zeros(2), TypeError, "a GSACache", "Tensor"),
+    wrong(
+        "GatedSparseAttention.forward",
+        "cache",
+        GSACache.allocate(CONFIG, 1, 8),
+        ValueError,
+        "batch size 2 as h",
+        "1",
+    ),
+    wrong(
+        "GatedSparseAttention.forward",
+        "cache",
+        GSACache.allocate(CONFIG, 2, 2),
+        ValueError,
+        "room for 3 more tokens",
+        "0 of 2 slots in use",
+    ),
+]
+REFERENCE_TABLE = [
+    not_a_tensor("apply_rope", "x", None),
+    wrong("apply_rope", "x", ints(2, 3, 4, 4), TypeError, FLOATS, "torch.int32"),
+    wrong("apply_rope", "x", zeros(2, 3, 4), ValueError, "shape [B, L, heads, d]", "[2, 3, 4]"),
+    wrong("apply_rope", "x", zeros(2, 3, 4, 5), ValueError, "an even last axis", "[2, 3, 4, 5]"),
+    wrong("apply_rope", "start", -1, ValueError, "an int ≥ 0", "-1"),
+    wrong("apply_rope", "start", ints(2).long(), TypeError, "dtype int32", "torch.int64"),
+    wrong("apply_rope", "start", ints(3), ValueError, "shape [B=2]", "[3]"),
+    wrong("apply_rope", "start", ints(2, device="meta"), ValueError, "device cpu as x", "meta"),
+    wrong("apply_rope", "theta", 0.0, ValueError, "a finite positive number", "0.0"),
+    wrong("apply_rope", "theta", "1e4", TypeError, "a number", "str '1e4'"),
+]
+
+
+@pytest.fixture(params=PACKAGES)
+def package(request: pytest.FixtureRequest) -> ModuleType:
+    return importlib.import_module(request.param)
+
+
+def call(package: ModuleType, function: str, values: dict[str, Any]) -> Any:
+    options = PACKAGES[package.__name__]
+    if function == "GatedSparseAttention.forward":
+        return package.GatedSparseAttention(CONFIG, **options).eval()(**values)
+    return getattr(package, function)(**values, **options)
+
+
+def check_refusal(package: ModuleType, bad: Bad, valid: dict[str, Any]) -> None:
+    with pytest.raises(bad.exception) as error:
+        call(package, bad.function, {**valid, **bad.changes})
+    assert type(error.value) is bad.exception
+    message = str(error.value)
+    assert message.startswith(f"{bad.argument}: expected "), message
+    assert bad.expected in message
+    assert bad.got in message.partition("got ")[2], message
+
+
+@pytest.mark.parametrize("function", VALID)
+def test_the_valid_calls_of_the_table_are_valid(package, function):
+    call(package, function, VALID[function])
+
+
+@pytest.mark.parametrize("bad", TABLE, ids=str)
+def test_bad_input_is_refused_by_type_and_named(package, bad):
+    check_refusal(package, bad, VALID[bad.function])
+
+
+@pytest.mark.parametrize("bad", REFERENCE_TABLE, ids=str)
+def test_bad_input_of_the_reference_alone_is_refused_by_type_and_named(bad):
+    check_refusal(importlib.import_module("gsa_ref"), bad, ONLY_REFERENCE[bad.function])
+
+
+def test_a_layer_wants_a_config(package):
+    with pytest.raises(TypeError, match=r"^config: expected a GSAConfig, got dict$"):
+        package.GatedSparseAttention({"d": 8}, **PACKAGES[package.__name__])
+
+
+@pytest.mark.parametrize(("name", "value", "exception"), [("batch_size", -1, ValueError), ("capacity", 2.5, TypeError)])
+def test_a_cache_wants_whole_sizes(name, value, exception):
+    sizes = {"batch_size": 2, "capacity": 3, name: value}
+    with pytest.raises(exception, match=f"^{name}: expected an int.*got .*{value}$"):
+        GSACache.allocate(CONFIG, **sizes)
+
+
+def test_every_public_function_is_in_the_table():
+    import gsa_ref
+
+    functions = {n for n in gsa_ref.__all__ if callable(getattr(gsa_ref, n)) and n[0].islower()}
+    # dense_attention is a wrapper of PyTorch's own function and leaves its arguments to it.
+    assert functions == {f for f in {*VALID, *ONLY_REFERENCE} if f[0].islower()} | {"dense_attention"}
+    assert {bad.function for bad in [*TABLE, *REFERENCE_TABLE]} == {*VALID, *ONLY_REFERENCE}
+
+
+CHECKS = {
+    "indexer_scores": arguments.check_indexer_arguments,
+    "score_variance": arguments.check_scores,
+    "token_budget": arguments.check_budget_arguments,
+    "select_tokens": arguments.check_selection_arguments,
+    "apply_gate": arguments.check_gate_arguments,
+    "sparse_attention": arguments.check_attention_arguments,
+}
+
+
+@pytest.mark.parametrize("function", CHECKS)
+def test_checks_read_metadata_only(function):
+    """Tensors without data pass the checks: nothing there can wait for a device."""
+    values = dict(VALID[function])
+    if function == "sparse_attention":
+        values["indices"], values["counts"] = values.pop("selection")
+    CHECKS[function](**{n: x.to("meta") if isinstance(x, torch.Tensor) else x for n, x in values.items()})
