@@ -10,11 +10,11 @@ TORCH  ?= torch==2.13.0
 VERIFY ?=
 JOBS   ?= 2
 
-.PHONY: help verify test lint types unit notebooks docs serve mutants clean
+.PHONY: help verify test lint types unit notebooks notebook-outputs docs serve mutants clean
 .DEFAULT_GOAL := help
 
 help: ## list the targets
-	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 20
 
 $(VENV)/.python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "Python 3.11 or newer is needed; call make PYTHON=/path/to/python3"; exit 1; }
@@ -42,11 +42,22 @@ lint: $(VENV)/.dev ## ruff
 types: $(VENV)/.dev ## mypy
 	$(BIN)/mypy
 
+# Shape annotations are checked while the reference's tests run, but where wrong types are the point, and under
+# torch.compile, which cannot trace the checker. beartype draws random numbers, which hypothesis takes for ours.
+PYTEST := $(BIN)/python -m pytest -n $(JOBS) --dist worksteal
+TYPED  := --jaxtyping-packages=gsa_ref,beartype.beartype -W ignore::hypothesis.errors.HypothesisDeprecationWarning
+
 unit: $(VENV)/.dev ## the test suite
-	$(BIN)/python -m pytest -n $(JOBS) --dist worksteal tests
+	$(PYTEST) $(TYPED) -m 'not bad_input' -k 'not compiled' tests/ref
+	$(PYTEST) -m bad_input tests/ref
+	$(PYTEST) -k compiled tests/ref
+	$(PYTEST) tests/fast $(wildcard tests/test_*.py)
 
 notebooks: $(VENV)/.dev ## execute the notebooks and compare with the stored outputs
 	$(BIN)/python -m pytest --nbval --nbval-current-env -p no:cacheprovider -n $(JOBS) --dist loadscope notebooks
+
+notebook-outputs: $(VENV)/.dev ## execute the notebooks and store their outputs
+	$(BIN)/python notebooks/execute.py
 
 docs: $(VENV)/.dev ## build the site, strictly
 	$(BIN)/python -m mkdocs build --strict

@@ -19,6 +19,9 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         # NumPy, inside the interpreter, warns where a GPU computes inf and NaN in silence.
         item.add_marker(pytest.mark.filterwarnings("ignore::RuntimeWarning:triton.runtime.interpreter"))
+        # PyTorch 2.11 warns about itself while it compiles and profiles.
+        item.add_marker(pytest.mark.filterwarnings("ignore:.*torch.jit.script_method.*:DeprecationWarning"))
+        item.add_marker(pytest.mark.filterwarnings("ignore:.*Profiler clears events.*:UserWarning"))
 
 
 @pytest.fixture(scope="session")
