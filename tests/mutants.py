@@ -201,9 +201,10 @@ def run_in_children(work: list[Mutant | None], jobs: int) -> list[tuple[str, str
                 if process.is_alive():
                     process.kill()
                     outcomes[i] = ("TIMEOUT", f"no verdict after {TIMEOUT_SECONDS} s")
-                elif receiver.poll():
+                    continue
+                try:
                     outcomes[i] = receiver.recv()
-                else:
+                except EOFError:  # it died before it could answer
                     outcomes[i] = ("CRASH", f"the process ended with status {process.exitcode}")
     return [outcomes[i] for i in range(len(work))]
 
