@@ -90,8 +90,8 @@ def test_bad_usage_exits_2_and_names_the_argument(arguments, message, capsys):
     assert message in capsys.readouterr().err
 
 
-def test_the_same_seed_draws_the_same_cases():
-    first, again, other = (run.verify_row("gates", "float32", "cpu", 10, seed) for seed in (1, 1, 2))
+def test_the_same_seed_draws_the_same_cases(device):
+    first, again, other = (run.verify_row("gates", "float32", device, 10, seed) for seed in (1, 1, 2))
     assert (first.worst_error, first.budget) == (again.worst_error, again.budget)
     assert (first.worst_error, first.budget) != (other.worst_error, other.budget)
 
