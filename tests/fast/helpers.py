@@ -3,7 +3,7 @@
 from typing import Any
 
 import torch
-from hypothesis import HealthCheck, settings
+from hypothesis import HealthCheck, Phase, settings
 from torch import Tensor
 
 from gsa_fast.verification.checks import CHECKS
@@ -22,7 +22,9 @@ def examples(n: int) -> settings:
     factor = settings().max_examples / settings.get_profile("ci").max_examples
     # The fixtures of a function (`bf16`) hold for all of its examples, which is what is wanted.
     checks = [HealthCheck.too_slow, HealthCheck.function_scoped_fixture, HealthCheck.filter_too_much]
-    return settings(max_examples=max(1, round(n * factor)), suppress_health_check=checks)
+    # Without the phase that explains a failure: it runs many more examples, and a case already says what it is.
+    phases = [phase for phase in Phase if phase is not Phase.explain]
+    return settings(max_examples=max(1, round(n * factor)), suppress_health_check=checks, phases=phases)
 
 
 def same(x: Any, y: Any) -> bool:
