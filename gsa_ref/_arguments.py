@@ -26,13 +26,15 @@ def check_tensor(name: str, value: Any, dims: str, sizes: dict[str, int], *, dty
     if value.dtype not in (allowed := tuple(dtypes)):
         raise TypeError(f"{name}: expected dtype {_or(allowed)}, got {value.dtype}")
     axes = dims.split()
-    expected = ", ".join(f"{a}={sizes[a]}" if a in sizes else a for a in axes)
-    message = f"{name}: expected shape [{expected}], got {list(value.shape)}"
-    if value.dim() != len(axes):
-        raise ValueError(message)
-    for axis, size in zip(axes, value.shape, strict=True):
-        if (int(axis) if axis.isdigit() else sizes.setdefault(axis, size)) != size:
-            raise ValueError(message)
+    known = dict(sizes)
+    fits = value.dim() == len(axes)
+    if fits:
+        for axis, size in zip(axes, value.shape, strict=True):
+            fits = fits and (int(axis) if axis.isdigit() else sizes.setdefault(axis, size)) == size
+    if not fits:
+        # Written on failure only: to format a size would make a compiled graph valid for that size alone.
+        expected = ", ".join(f"{a}={known[a]}" if a in known else a for a in axes)
+        raise ValueError(f"{name}: expected shape [{expected}], got {list(value.shape)}")
 
 
 def check_same_dtype(name: str, value: Tensor, like_name: str, like: Tensor) -> None:
@@ -59,7 +61,7 @@ def check_int(name: str, value: Any, minimum: int) -> None:
 def check_number(name: str, value: Any, *, positive: bool = False) -> None:
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise TypeError(f"{name}: expected a number, got {type(value).__name__} {value!r}")
-    if not math.isfinite(value) or (positive and value <= 0):
+    if not -math.inf < value < math.inf or (positive and value <= 0):
         raise ValueError(f"{name}: expected a finite {'positive ' if positive else ''}number, got {value}")
 
 

@@ -7,6 +7,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch._dynamo.testing import CompileCounterWithBackend
 
 import gsa_fast  # registers the custom ops
 import gsa_ref
@@ -196,6 +197,23 @@ def test_the_compiled_layer_equals_the_eager_one_bitwise(variant, padded, device
     compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
     with torch.no_grad():
         assert same(compiled(h, lengths=lengths).hidden, layer(h, lengths=lengths).hidden)
+
+
+@pytest.mark.parametrize("dynamic", [None, True])
+def test_a_compiled_layer_takes_any_length_without_another_graph(dynamic, device):
+    """Shapes never depend on data: once the length has changed, and the graph is dynamic, it serves every length."""
+    torch.manual_seed(0)
+    layer = gsa_fast.GatedSparseAttention(CONFIG, impl="triton").to(device).eval()
+    torch._dynamo.reset()
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(layer, fullgraph=True, backend=counter, dynamic=dynamic)
+    graphs = []
+    with torch.no_grad():
+        for L in (6, 7, 9):
+            h = torch.randn(3, L, CONFIG.d, generator=torch.Generator().manual_seed(L)).to(device)
+            assert same(compiled(h).hidden, layer(h).hidden)
+            graphs.append(counter.frame_count)
+    assert len(set(graphs[1:])) == 1
 
 
 # --- torch.library.opcheck ----------------------------------------------------------------------------------------
