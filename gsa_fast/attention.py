@@ -13,7 +13,6 @@ from gsa_ref import Selection
 from gsa_ref._arguments import check_attention_arguments
 
 
-# --8<-- [start:kernel]
 @triton.jit
 def online_softmax_update(m, l, acc, logits, v):
     """Fold one tile of logits and values into the running maximum m, the sum l and the weighted sum acc.
@@ -95,9 +94,6 @@ def sparse_attention_kernel(
     out_row = (b * L + t) * H_kv * GROUP + head  # out and lse are contiguous
     tl.store(out_ptr + out_row[:, None] * d_h + c[None, :], out.to(out_ptr.dtype.element_ty), mask=q_mask)
     tl.store(lse_ptr + out_row, lse, mask=g < GROUP)
-
-
-# --8<-- [end:kernel]
 
 
 @torch.library.custom_op("gsa_fast::sparse_attention", mutates_args=())

@@ -13,7 +13,6 @@ RULE_CODES = {"proportional": 0, "inverse": 1, "fixed": 2}
 MAX_TILE = 1024  # scores that a program holds at a time
 
 
-# --8<-- [start:kernel]
 @triton.jit
 def merge_moments(n_a, mean_a, m2_a, n_b, mean_b, m2_b):
     """(n, mean, M2) of the union of two sets (Chan, Golub and LeVeque 1983). Either may be empty."""
@@ -55,9 +54,6 @@ def row_variance_from_tiles(p_row, n_tiles, BLOCK_T: tl.constexpr):
         block_m2 = tl.sum(m2_i + n_i * delta_i * delta_i, axis=0)
         n, mean, m2 = merge_moments(n, mean, m2, block_n, block_mean, block_m2)
     return m2 / tl.maximum(n, 1.0)
-
-
-# --8<-- [end:kernel]
 
 
 @triton.jit

@@ -11,7 +11,6 @@ from gsa_fast._primitives import stable_sigmoid
 from gsa_ref._arguments import check_gate_arguments
 
 
-# --8<-- [start:kernel]
 @triton.jit
 def apply_gate_kernel(
     x_ptr, gate_ptr, out_ptr,
@@ -32,9 +31,6 @@ def apply_gate_kernel(
     x = tl.load(p_x, mask=inside, other=0.0).to(tl.float32)
     gate = tl.load(p_gate, mask=inside, other=0.0).to(tl.float32)
     tl.store(out_ptr + i, (x * stable_sigmoid(gate)).to(out_ptr.dtype.element_ty), mask=inside)
-
-
-# --8<-- [end:kernel]
 
 
 @torch.library.custom_op("gsa_fast::apply_gate", mutates_args=())

@@ -11,7 +11,6 @@ from gsa_fast._primitives import stable_sigmoid
 from gsa_ref._arguments import check_indexer_arguments
 
 
-# --8<-- [start:kernel]
 @triton.jit
 def indexer_scores_kernel(
     q_ptr, k_ptr, weight_ptr, bias_ptr, start_ptr, lengths_ptr, scores_ptr, statistics_ptr,
@@ -83,8 +82,6 @@ def indexer_scores_kernel(
         tl.store(p_tile + tiles_s, mean, mask=row < L)
         tl.store(p_tile + 2 * tiles_s, m2, mask=row < L)
 
-
-# --8<-- [end:kernel]
 
 BLOCK_L, BLOCK_S = 64, 64
 

@@ -27,7 +27,6 @@ LOWEST_KEY = tl.constexpr(-(2**31))  # of NaN
 LARGEST_KEY = tl.constexpr(0x7F800000)  # of +∞
 
 
-# --8<-- [start:kernel]
 @triton.jit
 def ordered_key(x):
     """int32 keys in the order of the float32 scores: −0 equals +0, NaN below everything.
@@ -144,9 +143,6 @@ def budget_and_select_kernel(
     # Keys at or past n_valid are masked: the row ends there.
     count = select_row(scores_ptr + pid * S, 1, n_valid, k, indices_ptr + out_row * K, K, BLOCK_S)
     tl.store(counts_ptr + out_row, count)
-
-
-# --8<-- [end:kernel]
 
 
 def row_block(S: int) -> int:

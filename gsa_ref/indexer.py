@@ -11,7 +11,6 @@ from gsa_ref.config import GSAConfig
 from gsa_ref.rope import apply_rope
 
 
-# --8<-- [start:indexer_scores]
 def indexer_scores(
     q_idx: Float[Tensor, "B L H_I d_I"],
     k_idx: Float[Tensor, "B S d_I"],
@@ -51,9 +50,6 @@ def indexer_scores(
         z = scale * dot + bias[j].to(dtype)
         scores = scores + weight[:, :, j, None] * torch.sigmoid(z)
     return scores.masked_fill(~visible(L, S, start, lengths, q_idx.device), -torch.inf)
-
-
-# --8<-- [end:indexer_scores]
 
 
 def _no_autocast(device: torch.device) -> AbstractContextManager[None]:
