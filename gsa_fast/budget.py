@@ -38,16 +38,16 @@ def budget_from_variance(variance, mean_variance, n_valid, k_base, k_min, k_max,
 
 
 @triton.jit
-def row_variance_from_tiles(p_row, n_tiles, BLOCK_T: tl.constexpr):
-    """Population variance of a row from its per-tile (n, mean, M2), stored as [3, n_tiles] at p_row."""
+def row_variance_from_tiles(p_row, n_tiles, used, BLOCK_T: tl.constexpr):
+    """Population variance of a row from (n, mean, M2) of its first `used` tiles, stored as [3, n_tiles] at p_row."""
     n = 0.0
     mean = 0.0
     m2 = 0.0
-    for first in range(0, n_tiles, BLOCK_T):
+    for first in range(0, used, BLOCK_T):
         tile = first + tl.arange(0, BLOCK_T)
-        n_i = tl.load(p_row + tile, mask=tile < n_tiles, other=0.0)
-        mean_i = tl.load(p_row + n_tiles + tile, mask=tile < n_tiles, other=0.0)
-        m2_i = tl.load(p_row + 2 * n_tiles + tile, mask=tile < n_tiles, other=0.0)
+        n_i = tl.load(p_row + tile, mask=tile < used, other=0.0)
+        mean_i = tl.load(p_row + n_tiles + tile, mask=tile < used, other=0.0)
+        m2_i = tl.load(p_row + 2 * n_tiles + tile, mask=tile < used, other=0.0)
         block_n = tl.sum(n_i, axis=0)
         block_mean = tl.sum(n_i * mean_i, axis=0) / tl.maximum(block_n, 1.0)
         delta_i = mean_i - block_mean

@@ -14,7 +14,8 @@ from gsa_ref.equations import sigmoid, token_budget
 
 SIGMOID_ERROR = {
     # σ = e/(1+e) or 1/(1+e) with e = exp(−|x|). exp has relative error (4 + |x|)u: 2^-22, and the rounding of x·log2 e.
-    # σ' scales that to at most 1.3u; the sum adds u, the approximate division 4u.
+    # σ' scales that to at most 1.3u; the sum adds u, the approximate division 4u. Two heads that share a division,
+    # a/(1+e) + a'/(1+e') = (a(1+e') + a'(1+e)) / ((1+e)(1+e')), add three roundings, which γ_{2 H_I} has room for.
     "exact": 8 * 2.0**-24,
     # tanh.approx.f32 has relative error 2^-11, and σ(x) = ½ + ½·tanh(x/2)
     "approximate": 2.0**-12,
@@ -58,7 +59,7 @@ def score_tolerance(
 
     With z_j = scale·q_j·k + b_j and w_j = σ(head_logits_j):
     ε = Σ_j [ w_j (|Δz_j|/4 + δ_σ) + |Δw_j| ] + accumulation + quantisation, because σ is ¼-Lipschitz and below 1, and
-    |Δz_j| ≤ |scale|·γ_{d_I+2} Σ|q||k| + 2u(|z_j| + |b_j|).
+    |Δz_j| ≤ |scale|·γ_{d_I+4} Σ|q||k| + 2u(|z_j| + |b_j|); two of the roundings are those of a logit in base 2.
 
     Args:
         q_idx: [L, H_I, d_I].
@@ -80,7 +81,7 @@ def score_tolerance(
     for j in range(H_I):
         z = scale * (q_idx[:, j] @ k_idx.T) + bias[j]
         magnitude = np.abs(q_idx[:, j]) @ np.abs(k_idx).T
-        delta_z = abs(scale) * gamma(d_I + 2) * magnitude + 2 * u * (np.abs(z) + abs(bias[j]))
+        delta_z = abs(scale) * gamma(d_I + 4) * magnitude + 2 * u * (np.abs(z) + abs(bias[j]))
         # σ never moves by more than 1, however large Δz is.
         tolerance += weight[:, j, None] * (np.minimum(delta_z / 4, 1) + delta_sigmoid) + delta_sigmoid
     return tolerance + gamma(2 * H_I) * weight.sum(-1)[:, None]

@@ -6,7 +6,9 @@ written to be read, not to be fast.
 
 import random
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import torch
@@ -62,7 +64,7 @@ def check_indexer(case: cases.IndexerCase, device: str) -> Iterator[Verdict]:
 
 
 def gold_scores(
-    arguments: dict[str, Any], scale: float, seed: int
+    arguments: dict[str, Any], scale: float, seed: int, sigmoid_mode: str = "exact"
 ) -> Iterator[tuple[int, slice, np.ndarray, np.ndarray]]:
     """(b, rows, Eq. 7, its ε) for the rows to compare."""
     q_idx, k_idx, head_logits, bias = (arguments[name] for name in ("q_idx", "k_idx", "head_logits", "bias"))
@@ -73,7 +75,7 @@ def gold_scores(
         for rows in row_slices(L, seed):
             inputs = numpy(q_idx[b, rows]), key, numpy(head_logits[b, rows]), numpy(bias)
             gold = equations.indexer_scores(*inputs, scale=scale, start=start + rows.start, length=length)
-            yield b, rows, gold, score_tolerance(*inputs, scale=scale)
+            yield b, rows, gold, score_tolerance(*inputs, scale=scale, sigmoid_mode=sigmoid_mode)
 
 
 def check_budget(case: cases.BudgetCase, device: str) -> Iterator[Verdict]:
@@ -163,13 +165,28 @@ def selection_verdicts(
 
 
 def check_indexed_selection(case: cases.IndexedSelectionCase, device: str) -> Iterator[Verdict]:
-    """Variance and k_t in their intervals, and the certificate on the selection for the k_t that it took."""
+    """Variance and k_t in their intervals, and the certificate on the selection for the k_t that it took.
+
+    The seed decides between streamed and stored scores, and between the exact and the approximate sigmoid.
+    """
     arguments = case.arguments(device)
-    with poisoned_memory():
+    sigmoid_mode = gsa_fast.selection.SIGMOID_MODES[case.seed // 2 % 2]
+    with poisoned_memory(), stored_scores() if case.seed % 2 else nullcontext():
         selection, variance = gsa_fast.indexed_selection(
-            **arguments, mean_variance=case.mean_variance, config=case.config, impl="triton"
+            **arguments,
+            mean_variance=case.mean_variance,
+            config=case.config,
+            sigmoid_mode=sigmoid_mode,
+            impl="triton",
         )
-    yield from indexed_selection_verdicts(arguments, case.config, case.mean_variance, selection, variance, case.seed)
+    yield from indexed_selection_verdicts(
+        arguments, case.config, case.mean_variance, selection, variance, case.seed, sigmoid_mode
+    )
+
+
+def stored_scores() -> AbstractContextManager[Any]:
+    """Make `indexed_selection` store the scores of a chunk, as it does where no shortlist would fit."""
+    return mock.patch.object(gsa_fast.selection, "shortlist_plan", return_value=None)
 
 
 def indexed_selection_verdicts(
@@ -179,9 +196,11 @@ def indexed_selection_verdicts(
     selection: Selection,
     variance: Tensor,
     seed: int,
+    sigmoid_mode: str = "exact",
 ) -> Iterator[Verdict]:
+    """Verdicts on rows of an `indexed_selection` for given arguments."""
     sizes: dict[str, Any] = {"k_base": config.k_base, "k_min": config.k_min, "k_max": config.k_max, "rule": config.rule}
-    for b, rows, gold, tolerance in gold_scores(arguments, config.effective_indexer_scale, seed):
+    for b, rows, gold, tolerance in gold_scores(arguments, config.effective_indexer_scale, seed, sigmoid_mode):
         counts = numpy(selection.counts[b, rows])
         n_valid = (gold != -np.inf).sum(-1)
         yield from variance_and_budget_verdicts(

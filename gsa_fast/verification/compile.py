@@ -10,7 +10,7 @@ import subprocess
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -30,7 +30,12 @@ from gsa_ref import GSAConfig, Selection
 # Shared memory that one block may use, in bytes (CUDA C++ Programming Guide, table of technical specifications).
 SHARED_MEMORY_LIMIT = {80: 166_912, 86: 101_376, 89: 101_376, 90: 232_448, 100: 232_448}
 
-_POINTER_TYPES = {torch.float32: "*fp32", torch.float16: "*fp16", torch.bfloat16: "*bf16", torch.int32: "*i32"}
+# A register cap that lets one more program run on a multiprocessor may cost a few registers outside the inner loops.
+MAX_STACK = 64
+
+_POINTER_TYPES = {
+    torch.float32: "*fp32", torch.float16: "*fp16", torch.bfloat16: "*bf16", torch.int32: "*i32", torch.int64: "*i64",
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -61,8 +66,8 @@ class CompiledKernel:
 
     @property
     def fits(self) -> bool:
-        """Whether it can be launched on the target without spilling more than one 8-byte slot per thread."""
-        return self.shared_memory <= self.shared_memory_limit and self.stack <= 8
+        """Whether it can be launched on the target, with at most MAX_STACK bytes of registers spilled per thread."""
+        return self.shared_memory <= self.shared_memory_limit and self.stack <= MAX_STACK
 
 
 @contextmanager
@@ -77,7 +82,7 @@ def recorded_launches() -> Iterator[list[Launch]]:
     launches: list[Launch] = []
 
     def record(self: JITFunction[Any], *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> None:
-        options = {name: kwargs.pop(name) for name in ("num_warps", "num_stages") if name in kwargs}
+        options = {name: kwargs.pop(name) for name in ("num_warps", "num_stages", "maxnreg") if name in kwargs}
         bound = self.signature.bind(*args, **kwargs).arguments
         signature, constants, divisible = {}, {}, []
         for i, parameter in enumerate(self.params):
@@ -137,7 +142,15 @@ def shipped_calls(dtypes: tuple[torch.dtype, ...], head_widths: tuple[int, ...])
             inputs = q_idx, k_idx, torch.zeros(B, L, config.H_I, dtype=dtype), torch.zeros(config.H_I)
             yield partial(gsa_fast.indexer_scores, *inputs, scale=0.125, impl="triton")
             if dtype == dtypes[0] or d_I == 64:
-                yield partial(gsa_fast.indexed_selection, *inputs, mean_variance=0.1, config=config, impl="triton")
+                selecting = partial(gsa_fast.indexed_selection, mean_variance=0.1, config=config, impl="triton")
+                yield partial(selecting, *inputs)
+                many_heads = [x.repeat_interleave(4, dim=-2 if x.ndim == 4 else -1) for x in (inputs[0], *inputs[2:])]
+                yield partial(
+                    selecting, many_heads[0], inputs[1], *many_heads[1:], config=replace(config, H_I=4 * config.H_I)
+                )
+                for sigmoid_mode in gsa_fast.selection.SIGMOID_MODES:
+                    many_keys = torch.zeros(B, 32 * S, d_I, dtype=dtype)
+                    yield partial(selecting, inputs[0], many_keys, *inputs[2:], sigmoid_mode=sigmoid_mode)
         for d_h in head_widths:
             for H, H_kv in ((8, 8), (32, 8), (32, 1)):
                 q, k = torch.zeros(B, L, H, d_h, dtype=dtype), torch.zeros(B, S, H_kv, d_h, dtype=dtype)

@@ -9,6 +9,7 @@ import torch
 
 from gsa_fast import attention, budget, indexer, selection
 from gsa_fast._backend import INTERPRETED
+from gsa_fast.selection import streamed
 
 
 def enable_interpreter_checks() -> None:
@@ -43,6 +44,16 @@ def small_tiles(width: int = 16) -> Iterator[None]:
             (selection, "row_block", lambda S: width),
             (selection, "MAX_STATISTICS", 2),
             (selection, "CHUNK_BYTES", 80 * width),
+            (streamed, "BLOCK_L", width),
+            (streamed, "BLOCK_S", width),
+            (streamed, "SPAN", 2 * width),
+            (streamed, "CAPACITY", width),
+            (streamed, "LARGE_CAPACITY", 2 * width),
+            (streamed, "LARGEST_CAPACITY", 4 * width),
+            (streamed, "MIN_PROGRAMS", 3),
+            (streamed, "CHUNK_BYTES", 512 * width),
+            (streamed, "SAMPLE_BYTES", 16 * width),
+            (streamed, "Z", 0.5),  # some shortlists turn out too short
             (attention, "block_k", lambda block_d, dtype: width),
         ):
             stack.enter_context(mock.patch.object(module, name, value))

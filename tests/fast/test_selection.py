@@ -490,6 +490,7 @@ def test_empty_axes_give_empty_indexed_selections(B, L, S, per_sequence, device)
 
 def test_indexed_selection_never_allocates_as_much_as_all_scores(device, monkeypatch):
     """Its contract: chunks of CHUNK_BYTES, never an L×S array. Every allocation is seen by the profiler."""
+    monkeypatch.setattr("gsa_fast.selection.shortlist_plan", lambda *_: None)
     B, L, S, chunk_bytes = 2, 24, 96, 3000
     monkeypatch.setattr("gsa_fast.selection.CHUNK_BYTES", chunk_bytes)
     sizes = {"q_idx": (B, L, 1, 4), "k_idx": (B, S, 4), "head_logits": (B, L, 1), "bias": (1,)}
