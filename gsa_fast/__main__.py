@@ -1,4 +1,4 @@
-"""python -m gsa_fast verify | compile: check the kernels of this package on this machine."""
+"""python -m gsa_fast verify | compile | bench: check and measure the kernels of this package on this machine."""
 
 import argparse
 import json
@@ -12,6 +12,7 @@ import torch
 import triton
 
 from gsa_fast._backend import INTERPRETED
+from gsa_fast.bench import prefill
 from gsa_fast.verification import run
 from gsa_fast.verification.compile import SHARED_MEMORY_LIMIT, compile_shipped
 from gsa_fast.verification.interpreter import enable_interpreter_checks, small_tiles
@@ -56,12 +57,30 @@ def main(argv: list[str] | None = None) -> int:
         "--target", action="append", choices=[f"sm_{c}" for c in SHARED_MEMORY_LIMIT], help="may be repeated"
     )
     compile_.add_argument("--json", type=Path, metavar="FILE", help="also write the results as a record")
+    bench = commands.add_parser(
+        "bench",
+        help="measure the speed, on a GPU",
+        description="Measure the speed of the kernels beside PyTorch's dense attention. Exit status 1 if a case fails.",
+    )
+    suites = bench.add_subparsers(dest="suite", required=True)
+    prefill.add_arguments(
+        suites.add_parser(
+            "prefill",
+            help="the forward pass over length and selection pattern",
+            description="Measure the forward pass and its stages over lengths, key/value heads and selection patterns, "
+            "beside cuDNN's and FlashAttention's dense attention in PyTorch.",
+        )
+    )
     options = parser.parse_args(argv)
     if options.json is not None and not options.json.resolve().parent.is_dir():
         parser.error(f"argument --json: expected a file in an existing folder, got {options.json}")
     command = " ".join(["python -m gsa_fast", *argv])
     if options.command == "compile":
         return run_compile(options, command)
+    if options.command == "bench":
+        if problem := prefill.check_options(options):
+            parser.error(problem)
+        return prefill.main(options, argv)
     return run_verify(parser, options, command)
 
 
