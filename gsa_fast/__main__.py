@@ -89,6 +89,8 @@ def main(argv: list[str] | None = None) -> int:
         if problem := prefill.check_options(options):
             parser.error(problem)
         return prefill.main(options, argv)
+    if options.length is not None:
+        return run_verify_length(parser, options, records.recorded_command(argv))
     return run_verify(parser, options, command)
 
 
@@ -97,8 +99,6 @@ def run_verify(parser: argparse.ArgumentParser, options: argparse.Namespace, com
     if options.examples is not None and options.examples < 1:
         parser.error(f"argument --examples: expected a number ≥ 1, got {options.examples}")
 
-    if options.length is not None:
-        return run_verify_length(parser, options)
     for name in ("rows", "reruns", "kv_heads"):
         if getattr(options, name) is not None:
             parser.error(f"argument --{name.replace('_', '-')}: belongs to --length")
@@ -158,7 +158,7 @@ def run_verify(parser: argparse.ArgumentParser, options: argparse.Namespace, com
     return 1 if failures else 0
 
 
-def run_verify_length(parser: argparse.ArgumentParser, options: argparse.Namespace) -> int:
+def run_verify_length(parser: argparse.ArgumentParser, options: argparse.Namespace, command: str) -> int:
     """The `verify --length` command."""
     for name in ("quick", "stem", "dtype", "examples", "case"):
         if getattr(options, name):
@@ -202,7 +202,6 @@ def run_verify_length(parser: argparse.ArgumentParser, options: argparse.Namespa
         if row.failed:
             print(f"\n{row.stem}: {row.detail}")
     if options.json is not None:
-        command = records.recorded_command(sys.argv[1:])
         records.write(options.json, [long.to_record(result, options.length, config, command, options.seed)])
     return 1 if result.failed else 0
 

@@ -49,8 +49,14 @@ def speedup() -> Figure:
         axes.set_title(f"{heads} key/value head{'s' if heads > 1 else ''}", fontsize=9)
         axes.set_xlabel("tokens")
     panels[0].set_ylabel("speed over cuDNN")
-    handles, labels = panels[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="lower center", ncols=4, bbox_to_anchor=(0.5, -0.14))
+    shown = {label: line for axes in panels for line, label in zip(*axes.get_legend_handles_labels(), strict=True)}
+    figure.legend(
+        [shown[name] for name in LINES if name in shown],
+        [name for name in LINES if name in shown],
+        loc="lower center",
+        ncols=4,
+        bbox_to_anchor=(0.5, -0.14),
+    )
     return figure
 
 

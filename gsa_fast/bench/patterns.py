@@ -89,8 +89,10 @@ def clustered_selection(
         common = random_subset(n_common, shared, int(shared.max()), g)  # [n, C]
         rank = random_subset((n_valid - shared[:, None]).clamp(min=0).flatten(), own.flatten(), int(own.max()), g)
         rank = rank.view(len(group), GROUP * rank.shape[1])  # among the positions that are not common
-        skipped = common - torch.arange(common.shape[1], device=where)  # positions not common before each common one
-        private = torch.where(rank == NOTHING, NOTHING, rank + torch.searchsorted(skipped, rank, right=True))
+        private = rank
+        if common.shape[1]:
+            skipped = common - torch.arange(common.shape[1], device=where)  # positions before each that are not common
+            private = torch.where(rank == NOTHING, NOTHING, rank + torch.searchsorted(skipped, rank, right=True))
         private = private.unflatten(1, (GROUP, private.shape[1] // GROUP))
         merged = private
         if common.shape[1]:

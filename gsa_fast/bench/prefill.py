@@ -336,10 +336,21 @@ def ceiling_records(ceilings: Ceilings, timings: dict[str, Timing], where: dict[
         }
 
 
+def device_works() -> bool:
+    """Whether the device still takes work: after a fault in a kernel it refuses everything."""
+    try:
+        torch.cuda.synchronize()
+    except RuntimeError:
+        return False
+    return True
+
+
 def run(cases: list[Case], inputs: Inputs, *, seconds: float, where: dict[str, Any]) -> Iterator[records.Record]:
-    """Measure the ceilings, then every case; a case that fails gives a record that says so."""
+    """Measure the ceilings, then every case; a case that fails gives a record that says so, and ends the run only if
+    the device refuses further work."""
     ceilings, timings = measure_ceilings()
     yield from ceiling_records(ceilings, timings, where)
+    broken = False
     with tqdm(cases, unit="case", leave=False, disable=None) as bar:
         for case in bar:
             bar.set_description(f"L={case.L} {case.selection or case.impl} {case.case}")
@@ -351,9 +362,12 @@ def run(cases: list[Case], inputs: Inputs, *, seconds: float, where: dict[str, A
                 reason = str(skipped)
             except CASE_ERRORS as error:
                 reason = f"failed: {first_line(error)}"
+                broken = not device_works()
             stages = prepared.stages if prepared else []
             record = to_record(case, where, timing, stages, ceilings, reason)
             yield record | (prepared.fields if prepared else {})
+            if broken:  # every later case would fail too, and replace what an earlier run measured
+                return
             del prepared  # its inputs must not outlive it while the next ones are drawn
 
 
@@ -471,4 +485,6 @@ def main(options: argparse.Namespace, argv: list[str]) -> int:
     failed = [r for r in rows if r.get("reason", "").startswith("failed")]
     if failed:
         print(f"\n{len(failed)} of {len(cases)} cases failed.")
+    if (left := len(cases) - sum(r["case"] != "ceiling" for r in rows)) > 0:
+        print(f"The device failed: {left} cases were not run.")
     return 1 if failed else 0

@@ -215,6 +215,33 @@ def test_ceiling_kernels_do_what_they_count(device):
     torch.testing.assert_close(x, expected)
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_timing_on_the_device():
+    x = torch.randn(2**20, device="cuda")
+    copied = timing.measure(lambda: x.clone(), graph=True, seconds=0.01)
+    assert copied.graph
+    assert copied.peak_bytes == 0
+    assert 0 < copied.p20 <= copied.median <= copied.p80
+    through_a_copy = timing.measure(lambda: (x + 1).sum(), graph=False, seconds=0.01)
+    assert 2**22 <= through_a_copy.peak_bytes < 2**23
+    waits = timing.measure(lambda: x.sum().item(), graph=True, seconds=0.01)
+    assert not waits.graph
+    assert waits.reason.startswith("not captured as a graph: ")
+    assert timing.measure(lambda: x.clone(), graph=True, seconds=0.01).graph
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_the_bench_runs_on_the_device(tmp_path, capsys):
+    path = tmp_path / "prefill.json"
+    assert main(["bench", "prefill", "--quick", "--length", "512", "--k-base", "64", "--json", str(path)]) == 0
+    found = records.read(path)
+    ours = [r for r in found if r["impl"] == "gsa_fast"]
+    assert all(r["ms"] and r["graph"] for r in ours), [r.get("reason") for r in ours]
+    assert "over cuDNN" in capsys.readouterr().out
+
+
 # ---- the suite -------------------------------------------------------------------------------------------------------
 
 
@@ -236,6 +263,7 @@ def tiny(monkeypatch):
         "measure_ceilings",
         lambda: (ceilings, dict.fromkeys(vars(ceilings), measure(lambda: 0, graph=False, seconds=0))),
     )
+    monkeypatch.setattr(prefill, "device_works", lambda: True)
     calls.clear()
     return calls
 
@@ -273,6 +301,28 @@ def test_the_suite_gives_a_record_per_case_with_every_field(tiny, device):
     assert len(table.splitlines()) == len(cases) + 2
 
 
+def test_the_command_writes_the_records_and_prints_a_table(tiny, device, monkeypatch, tmp_path, capsys):
+    path = tmp_path / "prefill.json"
+    made = prefill.Inputs
+    monkeypatch.setattr(prefill, "INTERPRETED", False)
+    monkeypatch.setattr(prefill.torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(prefill.torch.cuda, "get_device_name", lambda: "a device")
+    monkeypatch.setattr(prefill, "Inputs", lambda seed: made(seed, device, torch.float32))
+    monkeypatch.setattr(prefill, "BASELINES", {})
+    arguments = ["--length", "16", "--kv-heads", "2", "--selection", "window", "--k-base", "4", "--json", str(path)]
+    assert main(["bench", "prefill", *arguments]) == 0
+    assert main(["bench", "prefill", *arguments]) == 0
+    found = records.read(path)
+    assert [r["case"] for r in found[4:]] == ["indexer", "gates", "indexed_selection", "attention", "whole"]
+    assert {r["command"] for r in found} == {
+        "python -m gsa_fast bench prefill --length 16 --kv-heads 2 --selection window --k-base 4"
+    }
+    printed = capsys.readouterr().out
+    assert "5 cases on a device, seed 0." in printed
+    assert "Ceilings: matmul 1e+03 TFLOP/s, copy 10 TB/s" in printed
+    assert sum(line.startswith("whole ") for line in printed.splitlines()) == 2
+
+
 def test_whole_is_the_selection_of_its_inputs_and_attention_over_the_given_pattern(tiny, device):
     inputs = prefill.Inputs(0, device, torch.float32)
     for name in ("window", "smooth"):
@@ -300,6 +350,14 @@ def test_a_case_that_fails_or_is_left_out_says_why_and_the_others_run(tiny, devi
     assert by_case["whole"]["ms"] is not None
     table = prefill.format_table(found, found)
     assert "failed: OutOfMemoryError" in table
+
+
+def test_a_device_that_refuses_work_ends_the_run(tiny, device, monkeypatch):
+    monkeypatch.setattr(prefill, "device_works", lambda: False)
+    monkeypatch.setattr(prefill, "measure", lambda *_, **__: (_ for _ in ()).throw(RuntimeError("illegal access")))
+    cases = [case for case in prefill.plan([16], [2], [4], ["window"]) if case.impl == "gsa_fast"]
+    found = list(prefill.run(cases, prefill.Inputs(0, device, torch.float32), seconds=0, where={"device": "d"}))
+    assert [r.get("reason") for r in found[4:]] == ["failed: RuntimeError: illegal access"]
 
 
 def test_a_baseline_that_would_take_minutes_is_left_out():
