@@ -340,7 +340,7 @@ def with_records(tmp_path: Path) -> Path:
         *(timed("attention", ms, L, impl="cudnn", selection=None, k=None) for L, ms in ((2048, 1.0), (4096, 8.0))),
         timed("attention", 250.0, 131072, impl="cudnn", selection=None, k=None),
         timed("attention", None, 131072, impl="flash", selection=None, k=None, reason="failed: out of memory"),
-        *(timed("whole", ms, L) for L, ms in ((2048, 2.0), (4096, 4.0), (131072, 50.0))),
+        *(timed("whole", ms, L, method="union") for L, ms in ((2048, 2.0), (4096, 4.0), (131072, 50.0))),
         timed("whole", 100.0, 131072, selection="ties", peak_bytes=3 * 2**30),
         timed("whole", 25.0, 131072, k=512),
         timed("attention", 30.0, 131072),
@@ -377,6 +377,7 @@ def test_speed_tables_show_the_records(with_records: Path):
     assert "no record at length 64" in speed.prefill_roofline(with_records, "64")
     assert "| 8 | random | 2K | 4K | 0.5 at 2K |" in show["prefill_crossover"]
     assert "| 8 | ties | nowhere | 128K | 2.5 at 128K |" in show["prefill_crossover"]
+    assert "| kernel | union | union | union |" in show["prefill_methods"]
     assert "| 128K | 8 | random | 512 | 25 | 10 |" in show["prefill_budgets"]
     assert "| 8 | 1 | 1 | 3,072 |" in show["prefill_memory"]
     assert "| attention | flash | – | 128K | 8 | failed: out of memory |" in show["prefill_missing"]

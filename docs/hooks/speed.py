@@ -192,6 +192,22 @@ def prefill_crossover(root: Path) -> str:
     return table(["H_kv", "selection", "slower than cuDNN at", "faster from", "slowest, over cuDNN"], rows, left=4)
 
 
+def prefill_methods(root: Path) -> str:
+    """`{{ prefill_methods }}`: which attention kernel was chosen at each length."""
+    p = Prefill(root)
+    if not p.wholes:
+        return missing(PREFILL)
+    chosen: dict[int, list[str]] = {}
+    for (_, _, L, k), r in p.wholes.items():
+        if k == K_BASE and "method" in r:
+            chosen.setdefault(L, []).append(r["method"])
+    lengths = sorted(chosen)
+    return table(
+        [f"L ({K_BASE} positions)", *map(length, lengths)],
+        [["kernel", *(", ".join(dict.fromkeys(chosen[L])) for L in lengths)]],
+    )
+
+
 def prefill_budgets(root: Path) -> str:
     """`{{ prefill_budgets }}`: the whole path over the budget k, where several were measured."""
     p = Prefill(root)
@@ -282,7 +298,7 @@ def tried(root: Path) -> str:
 DIRECTIVES = {
     f.__name__: f
     for f in (
-        prefill_setup, prefill_picture, prefill_speedup, prefill_lengths, prefill_roofline, prefill_crossover,
+        prefill_setup, prefill_picture, prefill_speedup, prefill_lengths, prefill_roofline, prefill_crossover, prefill_methods,
         prefill_budgets, prefill_memory, prefill_missing, long_verification, tried,
     )
 }  # fmt: skip
