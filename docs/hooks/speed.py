@@ -298,7 +298,7 @@ def tried(root: Path) -> str:
 DIRECTIVES = {
     f.__name__: f
     for f in (
-        prefill_setup, prefill_picture, prefill_speedup, prefill_lengths, prefill_roofline, prefill_crossover, prefill_methods,
-        prefill_budgets, prefill_memory, prefill_missing, long_verification, tried,
+        prefill_setup, prefill_picture, prefill_speedup, prefill_lengths, prefill_roofline, prefill_crossover,
+        prefill_methods, prefill_budgets, prefill_memory, prefill_missing, long_verification, tried,
     )
 }  # fmt: skip
