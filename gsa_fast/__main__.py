@@ -1,4 +1,4 @@
-"""python -m gsa_fast verify | compile: check the kernels of this package on this machine."""
+"""python -m gsa_fast verify | compile | bench: check and measure the kernels of this package on this machine."""
 
 import argparse
 import json
@@ -12,9 +12,11 @@ import torch
 import triton
 
 from gsa_fast._backend import INTERPRETED
-from gsa_fast.verification import run
+from gsa_fast.bench import prefill, records
+from gsa_fast.verification import long, run
 from gsa_fast.verification.compile import SHARED_MEMORY_LIMIT, compile_shipped
 from gsa_fast.verification.interpreter import enable_interpreter_checks, small_tiles
+from gsa_ref import GSAConfig
 from gsa_ref.cases import Case
 
 # Cases per stem. The interpreter runs a program in milliseconds, so selections and whole layers get fewer there.
@@ -46,6 +48,13 @@ def main(argv: list[str] | None = None) -> int:
     verify.add_argument("--seed", type=int, default=0, metavar="N", help="seed of the cases (default 0)")
     verify.add_argument("--json", type=Path, metavar="FILE", help="also write the results as a record")
     verify.add_argument("--case", metavar="JSON", help="run this one case, as a failure prints it")
+    long_ = verify.add_argument_group("one long sequence, on a GPU")
+    long_.add_argument(
+        "--length", type=int, metavar="L", help="instead of small cases, check one sequence of this length in bfloat16"
+    )
+    long_.add_argument("--rows", type=int, metavar="N", help="rows compared with the reference (default 2048)")
+    long_.add_argument("--reruns", type=int, metavar="N", help="reruns compared bit by bit (default 20)")
+    long_.add_argument("--kv-heads", type=int, metavar="N", help="key/value heads for the 32 query heads (default 8)")
     compile_ = commands.add_parser(
         "compile",
         help="compile every kernel ahead of time, without a GPU",
@@ -56,12 +65,32 @@ def main(argv: list[str] | None = None) -> int:
         "--target", action="append", choices=[f"sm_{c}" for c in SHARED_MEMORY_LIMIT], help="may be repeated"
     )
     compile_.add_argument("--json", type=Path, metavar="FILE", help="also write the results as a record")
+    bench = commands.add_parser(
+        "bench",
+        help="measure the speed, on a GPU",
+        description="Measure the speed of the kernels beside PyTorch's dense attention. Exit status 1 if a case fails.",
+    )
+    suites = bench.add_subparsers(dest="suite", required=True)
+    prefill.add_arguments(
+        suites.add_parser(
+            "prefill",
+            help="the forward pass over length and selection pattern",
+            description="Measure the forward pass and its stages over lengths, key/value heads and selection patterns, "
+            "beside cuDNN's and FlashAttention's dense attention in PyTorch.",
+        )
+    )
     options = parser.parse_args(argv)
     if options.json is not None and not options.json.resolve().parent.is_dir():
         parser.error(f"argument --json: expected a file in an existing folder, got {options.json}")
     command = " ".join(["python -m gsa_fast", *argv])
     if options.command == "compile":
         return run_compile(options, command)
+    if options.command == "bench":
+        if problem := prefill.check_options(options):
+            parser.error(problem)
+        return prefill.main(options, argv)
+    if options.length is not None:
+        return run_verify_length(parser, options, records.recorded_command(argv))
     return run_verify(parser, options, command)
 
 
@@ -69,6 +98,10 @@ def run_verify(parser: argparse.ArgumentParser, options: argparse.Namespace, com
     """The `verify` command."""
     if options.examples is not None and options.examples < 1:
         parser.error(f"argument --examples: expected a number ≥ 1, got {options.examples}")
+
+    for name in ("rows", "reruns", "kv_heads"):
+        if getattr(options, name) is not None:
+            parser.error(f"argument --{name.replace('_', '-')}: belongs to --length")
 
     device = "cpu" if INTERPRETED else "cuda"
     tiles = small_tiles() if INTERPRETED else nullcontext()
@@ -123,6 +156,54 @@ def run_verify(parser: argparse.ArgumentParser, options: argparse.Namespace, com
         options.json.write_text(json.dumps(record, indent=1, ensure_ascii=False) + "\n")
     print(f"\n{len(failures)} of {len(rows)} rows failed." if failures else f"\nAll {len(rows)} rows passed.")
     return 1 if failures else 0
+
+
+def run_verify_length(parser: argparse.ArgumentParser, options: argparse.Namespace, command: str) -> int:
+    """The `verify --length` command."""
+    for name in ("quick", "stem", "dtype", "examples", "case"):
+        if getattr(options, name):
+            parser.error(f"argument --{name}: chooses among small cases, and --length runs none")
+    rows = 2048 if options.rows is None else options.rows
+    reruns = 20 if options.reruns is None else options.reruns
+    H_kv = GSAConfig().H_kv if options.kv_heads is None else options.kv_heads
+    for name, value, least in (("length", options.length, 2), ("rows", rows, 1), ("reruns", reruns, 0)):
+        if value < least:
+            parser.error(f"argument --{name}: expected a number ≥ {least}, got {value}")
+    if H_kv < 1 or GSAConfig().H % H_kv:
+        parser.error(f"argument --kv-heads: expected a divisor of {GSAConfig().H}, got {H_kv}")
+    if options.json is not None:
+        try:
+            records.read(options.json)
+        except ValueError as error:
+            parser.error(f"argument --json: {error}")
+    if INTERPRETED or not torch.cuda.is_available():
+        parser.error("argument --length: needs a CUDA device, the interpreter would take days")
+
+    config = GSAConfig(H_kv=H_kv)
+    print(
+        f"Checking {min(rows, options.length)} rows of a sequence of {options.length} tokens on "
+        f"{torch.cuda.get_device_name()}, seed {options.seed}.",
+        flush=True,
+    )
+    result = long.verify_length(
+        options.length,
+        config,
+        rows=rows,
+        reruns=reruns,
+        seed=options.seed,
+        processes=len(os.sched_getaffinity(0)),
+    )
+    print(run.format_table(result.rows))
+    print(
+        f"Mean budget {result.mean_k:.0f}; within 2ε of a row's threshold lie {result.near_median:.0f} keys in the "
+        f"median, {result.near_most} at most. {result.seconds:.0f} s."
+    )
+    for row in result.rows:
+        if row.failed:
+            print(f"\n{row.stem}: {row.detail}")
+    if options.json is not None:
+        records.write(options.json, [long.to_record(result, options.length, config, command, options.seed)])
+    return 1 if result.failed else 0
 
 
 def run_compile(options: argparse.Namespace, command: str) -> int:

@@ -18,6 +18,7 @@ DOCS = ROOT / "docs"
 sys.path.insert(0, str(DOCS / "hooks"))
 import notebook_pages  # noqa: E402
 import records  # noqa: E402
+import speed  # noqa: E402
 import thread  # noqa: E402
 
 FIGURE_SCRIPTS = sorted(p.name for p in (DOCS / "figures").glob("*.py") if p.name != "style.py")
@@ -316,6 +317,122 @@ def test_stored_verification_record_has_the_expected_form():
     assert records.verification_table(ROOT).count("\n| ") > 1
 
 
+ENVIRONMENT = {
+    "device": "some device", "torch": "2", "triton": "3", "seed": 0, "commit": None, "command": "bench"
+}  # fmt: skip
+
+
+def timed(case: str, ms: float | None, L: int, **fields: object) -> dict[str, object]:
+    """A record of the prefill suite as `gsa_fast.bench` writes it."""
+    size = {"B": 1, "L": L, "S": L, "H": 32, "H_kv": 8, "d_h": 128, "H_I": 4, "d_I": 64, "k": 2048}
+    size |= {name: fields.pop(name) for name in ("H_kv", "k") if name in fields}
+    record = {"suite": "prefill", "case": case, "impl": "gsa_fast", "selection": "random", "shape": size, **ENVIRONMENT}
+    record |= {"ms": ms and {"median": ms, "p20": 0.9 * ms, "p80": 1.1 * ms}, "peak_bytes": 2**20, "tbps": 1.5}
+    record |= {"tflops": 12.0, "share_of_roofline": 0.25, "union_over_k": 11.5, "p_eff": 0.3, "mean_k": 2048.0}
+    return record | fields
+
+
+@pytest.fixture
+def with_records(tmp_path: Path) -> Path:
+    """A root with made-up records: the whole path is slower at 2K, faster at 4K and 128K."""
+    prefill = [
+        {"suite": "prefill", "case": "ceiling", "impl": "copy", "shape": None, "tbps": 4.25, **ENVIRONMENT},
+        *(timed("attention", ms, L, impl="cudnn", selection=None, k=None) for L, ms in ((2048, 1.0), (4096, 8.0))),
+        timed("attention", 250.0, 131072, impl="cudnn", selection=None, k=None),
+        timed("attention", None, 131072, impl="flash", selection=None, k=None, reason="failed: out of memory"),
+        *(timed("whole", ms, L, method="union") for L, ms in ((2048, 2.0), (4096, 4.0), (131072, 50.0))),
+        timed("whole", 100.0, 131072, selection="ties", peak_bytes=3 * 2**30),
+        timed("whole", 25.0, 131072, k=512),
+        timed("attention", 30.0, 131072),
+        timed("indexer", 10.0, 131072, H_kv=None, k=None, union_over_k=None, p_eff=None),
+    ]
+    row = {"stem": "output", "cases": 2048, "worst_error": 0.001, "budget": 0.01, "ratio": 0.1, "verdict": "pass"}
+    verified = {"shape": {"L": 131072, "H_kv": 8}, **ENVIRONMENT, "rows": [row]}
+    idea = {"what": "a sort", "predicted": "20 ms", "measured": {"ms": 31.5, "recall": 1}, "verdict": "dropped"}
+    for path, content in ((speed.PREFILL, prefill), (speed.LONG, [verified]), (speed.TRIED, [idea])):
+        (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / path).write_text(json.dumps(content))
+    return tmp_path
+
+
+@pytest.mark.parametrize("name", sorted(speed.DIRECTIVES))
+def test_missing_speed_record_is_said(name: str, tmp_path: Path):
+    said = speed.DIRECTIVES[name](tmp_path)
+    assert said.startswith("No picture" if name == "prefill_picture" else "No record is stored: there is no `bench")
+
+
+def test_speed_tables_show_the_records(with_records: Path):
+    show = {name: make(with_records) for name, make in speed.DIRECTIVES.items()}
+    assert "- device: `some device`" in show["prefill_setup"]
+    assert "- ceilings: copy 4.25 TB/s" in show["prefill_setup"]
+    assert "| H_kv | selection | 2K | 4K | 128K |" in show["prefill_speedup"]
+    assert "| 8 | random | 0.5 | 2 | 5 |" in show["prefill_speedup"]
+    assert "| 8 | ties | – | – | 2.5 |" in show["prefill_speedup"]
+    assert "| 8 | dense, cuDNN | 1 | 8 | 250 |" in show["prefill_lengths"]
+    assert "| 8 | dense, FlashAttention | – | – | – |" in show["prefill_lengths"]
+    assert "| 8 | random | 2 | 4 | 50 |" in show["prefill_lengths"]
+    roofline = show["prefill_roofline"].splitlines()
+    assert [line.split(" | ")[0] for line in roofline[2:]] == ["| indexer", *["| attention"] * 2, *["| whole"] * 2]
+    assert "| attention | gsa_fast | 8 | random | 11.5 | 0.3 | 30 | 27–33 | 12 | 1.5 | 25% |" in roofline
+    assert "no record at length 64" in speed.prefill_roofline(with_records, "64")
+    assert "| 8 | random | 2K | 4K | 0.5 at 2K |" in show["prefill_crossover"]
+    assert "| 8 | ties | nowhere | 128K | 2.5 at 128K |" in show["prefill_crossover"]
+    assert "| kernel | union | union | union |" in show["prefill_methods"]
+    assert "| 128K | 8 | random | 512 | 25 | 10 |" in show["prefill_budgets"]
+    assert "| 8 | 1 | 1 | 3,072 |" in show["prefill_memory"]
+    assert "| attention | flash | – | 128K | 8 | failed: out of memory |" in show["prefill_missing"]
+    assert "| 128K | 8 | output | pass | 2048 | 0.001 | 0.01 | 10% |" in show["long_verification"]
+    assert "| a sort | 20 ms | ms: 31.5; recall: 1 | dropped |" in show["tried"]
+
+
+def test_a_speed_record_that_lacks_a_field_or_is_no_list_is_an_error(with_records: Path):
+    path = with_records / speed.PREFILL
+    found = json.loads(path.read_text())
+    del found[1]["ms"]
+    path.write_text(json.dumps(found))
+    with pytest.raises(KeyError, match="ms"):
+        speed.prefill_speedup(with_records)
+    path.write_text("{}")
+    with pytest.raises(ValueError, match="expected a list of records, got dict"):
+        speed.prefill_speedup(with_records)
+
+
+@pytest.mark.parametrize("name", ["PREFILL", "LONG", "TRIED"])
+def test_stored_speed_records_have_the_expected_form(name: str):
+    path = getattr(speed, name)
+    if not (ROOT / path).is_file():
+        pytest.skip("no record is stored")
+    wanted = {"PREFILL": "prefill_", "LONG": "long_verification", "TRIED": "tried"}[name]
+    for directive, make in speed.DIRECTIVES.items():
+        if directive.startswith(wanted):
+            assert make(ROOT), directive
+    text = (ROOT / path).read_text(encoding="utf-8")
+    assert not re.search(r"/(home|root|tmp|work|usr)/", text)  # no path of a machine
+
+
+def draw_performance(root: Path, out: Path) -> subprocess.CompletedProcess[str]:
+    script = root / "docs/figures/performance.py"
+    command = [sys.executable, str(script), "--out", str(out)]
+    return subprocess.run(command, cwd=root, capture_output=True, text=True, check=False)
+
+
+def test_the_performance_picture_is_drawn_from_the_records_and_refused_without(with_records: Path):
+    for name in ("figures/performance.py", "figures/style.py", "hooks/speed.py"):
+        (with_records / "docs" / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(DOCS / name, with_records / "docs" / name)
+    figures = with_records / "docs/figures"
+    done = draw_performance(with_records, figures)
+    assert done.returncode == 0, done.stderr
+    for scheme in ("light", "dark"):
+        assert "random" in (figures / f"performance_speedup.{scheme}.svg").read_text(encoding="utf-8")
+    assert json.loads((figures / "performance.json").read_text())["devices"] == ["some device"]
+    assert "performance_speedup.dark.svg#only-dark" in speed.prefill_picture(with_records)
+    (with_records / speed.PREFILL).unlink()
+    done = draw_performance(with_records, figures)
+    assert done.returncode == 1
+    assert done.stderr.startswith("There is nothing to draw: no record is stored in")
+
+
 def test_notebook_links_become_page_links():
     urls = {"docs/learn/indexer.md": "learn/indexer/", "notebooks/01_b.ipynb": "notebooks/01_b/"}
     html = '<a href="../docs/learn/indexer.md#x">a</a><a href="01_b.ipynb">b</a><a href="https://c.example">c</a>'
@@ -386,6 +503,8 @@ def svg_difference(stored: str, fresh: str) -> str:
 
 @pytest.mark.parametrize("script", FIGURE_SCRIPTS)
 def test_pictures_regenerate(script: str, tmp_path: Path):
+    if script == "performance.py" and not (ROOT / speed.PREFILL).is_file():
+        pytest.skip("no record is stored")
     subprocess.run([sys.executable, str(DOCS / "figures" / script), "--out", str(tmp_path)], cwd=ROOT, check=True)
     stem = script.removesuffix(".py")
     stored = {p.name for p in (DOCS / "figures").glob(f"{stem}_*.svg")} | {f"{stem}.json"}

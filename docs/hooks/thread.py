@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from records import verification_table  # mkdocs loads a hook with its folder on the path
+from speed import DIRECTIVES as SPEED
 
 log = logging.getLogger("mkdocs.hooks.thread")
 
@@ -351,6 +352,7 @@ DIRECTIVES: dict[str, Callable[..., str]] = {
     "fact": fact,
     "equation_index": equation_index,
     "verification_table": verification_table,
+    **SPEED,
 }
 DIRECTIVE = re.compile(r"\{\{ (\w+)((?: [\w./-]+)*) \}\}")
 

@@ -1,0 +1,65 @@
+"""Picture of docs/verify/performance.md: speed of the whole path over cuDNN against length, from the stored records."""
+
+import sys
+from pathlib import Path
+
+from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, NullLocator
+from style import BLUE, GREEN, ORANGE, main
+
+ROOT = Path(__file__).parents[2]
+sys.path.insert(0, str(ROOT / "docs/hooks"))
+from speed import PREFILL, Prefill, length  # noqa: E402
+
+PURPLE, GREY = "#b565a7", "#808690"
+LINES = {
+    "clustered p=0.98": (BLUE, "-", "o"),
+    "clustered p=0.95": (BLUE, "--", "s"),
+    "clustered p=0.87": (BLUE, "-.", "^"),
+    "clustered p=0.44": (BLUE, ":", "v"),
+    "random": (ORANGE, "-", "o"),
+    "window": (GREEN, "-", "s"),
+    "ties": (GREEN, "--", "^"),
+    "smooth": (PURPLE, "-", "D"),
+}
+
+if not (ROOT / PREFILL).is_file():
+    sys.exit(
+        f"There is nothing to draw: no record is stored in {PREFILL}. Run `python -m gsa_fast bench prefill` first."
+    )
+RECORDS = Prefill(ROOT)
+
+
+def speedup() -> Figure:
+    """One panel per number of key/value heads, one line per selection; below the dashed line dense attention wins."""
+    figure = Figure(figsize=(7.2, 3.4))
+    panels = figure.subplots(1, len(RECORDS.heads), sharey=True, squeeze=False)[0]
+    for axes, heads in zip(panels, RECORDS.heads, strict=True):
+        for name, (colour, dashes, marker) in LINES.items():
+            points = [(L, x) for L in RECORDS.lengths if (x := RECORDS.speedup(heads, name, L)) is not None]
+            if points:
+                L, x = zip(*points, strict=True)
+                axes.plot(L, x, dashes, color=colour, marker=marker, markersize=3, linewidth=1.2, label=name)
+        axes.axhline(1, color=GREY, linestyle=(0, (4, 3)), linewidth=1)
+        axes.set_xscale("log", base=2)
+        axes.set_yscale("log", base=2)
+        axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: length(int(value))))
+        axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}×"))
+        axes.yaxis.set_minor_locator(NullLocator())
+        axes.set_title(f"{heads} key/value head{'s' if heads > 1 else ''}", fontsize=9)
+        axes.set_xlabel("tokens")
+    panels[0].set_ylabel("speed over cuDNN")
+    shown = {label: line for axes in panels for line, label in zip(*axes.get_legend_handles_labels(), strict=True)}
+    figure.legend(
+        [shown[name] for name in LINES if name in shown],
+        [name for name in LINES if name in shown],
+        loc="lower center",
+        ncols=4,
+        bbox_to_anchor=(0.5, -0.14),
+    )
+    return figure
+
+
+if __name__ == "__main__":
+    devices = sorted({record["device"] for record in RECORDS.all})
+    main("performance", {"speedup": speedup}, {"devices": devices, "records": len(RECORDS.all)})

@@ -1,0 +1,304 @@
+"""Tables of the performance page, from the record files: every figure on it comes from here."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+RESULTS = "benchmarks/results/h200"
+PREFILL = f"{RESULTS}/prefill.json"
+LONG = f"{RESULTS}/long_verification.json"
+TRIED = f"{RESULTS}/tried.json"
+PICTURE = "figures/performance_speedup"
+K_BASE = 2048  # the budget of every table but the one over budgets
+STAGES = ("indexer", "indexed_selection", "gates", "attention", "whole")
+
+Record = dict[str, Any]
+
+
+def missing(path: str) -> str:
+    return f"No record is stored: there is no `{path}`."
+
+
+def load(root: Path, path: str) -> list[Record]:
+    """The records of a file, none if there is no such file.
+
+    Raises:
+        ValueError: the file is no list of records.
+    """
+    if not (root / path).is_file():
+        return []
+    found = json.loads((root / path).read_text(encoding="utf-8"))
+    if not isinstance(found, list):
+        raise ValueError(f"{path}: expected a list of records, got {type(found).__name__}")
+    return found
+
+
+def length(L: int) -> str:
+    """2048 as 2K, 1048576 as 1M."""
+    for unit, name in ((2**20, "M"), (2**10, "K")):
+        if L % unit == 0:
+            return f"{L // unit}{name}"
+    return str(L)
+
+
+def table(header: list[str], rows: list[list[str]], left: int = 1) -> str:
+    """A Markdown table; the first `left` columns are text, the others figures."""
+    rule = "|" + "---|" * left + "--:|" * (len(header) - left)
+    return "\n".join(["| " + " | ".join(header) + " |", rule, *("| " + " | ".join(row) + " |" for row in rows)])
+
+
+def figure(value: float | None, digits: int = 3) -> str:
+    """A number with about three significant digits, a dash for none."""
+    if value is None:
+        return "–"
+    return f"{value:.0f}" if abs(value) >= 10 ** (digits - 1) else f"{value:.{digits}g}"
+
+
+def percent(value: float | None) -> str:
+    return "–" if value is None else f"{100 * value:.0f}%"
+
+
+def median(record: Record | None) -> float | None:
+    return record["ms"]["median"] if record and record["ms"] else None
+
+
+class Prefill:
+    """The prefill records, by what they measure."""
+
+    def __init__(self, root: Path) -> None:
+        self.all = load(root, PREFILL)
+        self.ceilings = [r for r in self.all if r["case"] == "ceiling"]
+        self.cases = [r for r in self.all if r["case"] != "ceiling"]
+        self.dense = {
+            (r["impl"], r["shape"]["H_kv"], r["shape"]["L"]): r for r in self.cases if r["impl"] in ("cudnn", "flash")
+        }
+        self.wholes = {
+            (r["shape"]["H_kv"], r["selection"], r["shape"]["L"], r["shape"]["k"]): r
+            for r in self.cases
+            if r["case"] == "whole"
+        }
+        self.lengths = sorted({L for _, _, L, k in self.wholes if k == K_BASE})
+        self.heads = sorted({h for h, _, _, _ in self.wholes}, reverse=True)
+        self.selections = list(dict.fromkeys(s for _, s, _, k in self.wholes if k == K_BASE))
+
+    def whole(self, H_kv: int, selection: str, L: int, k: int = K_BASE) -> Record | None:
+        return self.wholes.get((H_kv, selection, L, k))
+
+    def speedup(self, H_kv: int, selection: str, L: int, k: int = K_BASE) -> float | None:
+        """cuDNN's time over that of the whole path, None where one of them was not measured."""
+        dense, sparse = median(self.dense.get(("cudnn", H_kv, L))), median(self.whole(H_kv, selection, L, k))
+        return dense / sparse if dense and sparse else None
+
+
+def prefill_setup(root: Path) -> str:
+    """`{{ prefill_setup }}`: device, versions, ceilings and the commands that wrote the records."""
+    p = Prefill(root)
+    if not p.all:
+        return missing(PREFILL)
+    lines = [f"From `{PREFILL}`, {len(p.all)} records:", ""]
+    for name in ("device", "torch", "triton", "seed", "commit"):
+        lines.append(f"- {name}: " + ", ".join(f"`{v}`" for v in dict.fromkeys(str(r[name]) for r in p.all)))
+    lines.append("- commands: " + ", ".join(f"`{c}`" for c in dict.fromkeys(r["command"] for r in p.all)))
+    units = {"tflops": "TFLOP/s", "tbps": "TB/s", "tops": "T/s"}
+    rates = [f"{r['impl']} {figure(r[u])} {name}" for r in p.ceilings for u, name in units.items() if u in r]
+    lines.append("- ceilings: " + ", ".join(rates))
+    return "\n".join(lines)
+
+
+def prefill_picture(root: Path) -> str:
+    """`{{ prefill_picture }}`: the plot, if it was drawn."""
+    if not all((root / "docs" / f"{PICTURE}.{scheme}.svg").is_file() for scheme in ("light", "dark")):
+        return f"No picture: there is no `docs/{PICTURE}.light.svg`."
+    alt = "Speed of the whole path over cuDNN against length, one line per selection, one panel per number of heads"
+    return "\n".join(f"![{alt}](../{PICTURE}.{scheme}.svg#only-{scheme})" for scheme in ("light", "dark"))
+
+
+def prefill_speedup(root: Path) -> str:
+    """`{{ prefill_speedup }}`: how many times faster than cuDNN the whole path is; below 1 it is slower."""
+    p = Prefill(root)
+    if not p.wholes:
+        return missing(PREFILL)
+    header = ["H_kv", "selection", *map(length, p.lengths)]
+    rows = [
+        [str(h), s, *(figure(p.speedup(h, s, L)) for L in p.lengths)]
+        for h in p.heads
+        for s in p.selections
+        if any(p.whole(h, s, L) for L in p.lengths)
+    ]
+    return table(header, rows, left=2)
+
+
+def prefill_lengths(root: Path) -> str:
+    """`{{ prefill_lengths }}`: milliseconds of dense attention and of the whole path."""
+    p = Prefill(root)
+    if not p.wholes:
+        return missing(PREFILL)
+    rows = []
+    for h in p.heads:
+        for impl, name in (("cudnn", "dense, cuDNN"), ("flash", "dense, FlashAttention")):
+            rows.append([str(h), name, *(figure(median(p.dense.get((impl, h, L)))) for L in p.lengths)])
+        for s in p.selections:
+            times = [median(p.whole(h, s, L)) for L in p.lengths]
+            if any(t is not None for t in times):
+                rows.append([str(h), s, *map(figure, times)])
+    return table(["H_kv", "selection", *map(length, p.lengths)], rows, left=2)
+
+
+def prefill_roofline(root: Path, at: str = "131072") -> str:
+    """`{{ prefill_roofline 131072 }}`: every stage at one length, with its share of the roofline."""
+    p = Prefill(root)
+    if not p.cases:
+        return missing(PREFILL)
+    found = [r for r in p.cases if r["shape"]["L"] == int(at) and r["ms"] and r["shape"]["k"] in (None, K_BASE)]
+    if not found:
+        return f"`{PREFILL}` has no record at length {at}."
+    order = {name: i for i, name in enumerate(STAGES)}
+    found.sort(key=lambda r: (order[r["case"]], r["shape"]["H_kv"] or 0))
+    header = ["stage", "by", "H_kv", "selection", "U/k", "p_eff", "ms", "p20–p80", "TFLOP/s", "TB/s", "of the roofline"]
+    rows = []
+    for r in found:
+        ms, size = r["ms"], r["shape"]
+        spread = f"{figure(ms['p20'])}–{figure(ms['p80'])}"
+        rows.append(
+            [
+                *(r["case"], r["impl"], str(size["H_kv"] or "–"), r["selection"] or "–"),
+                *(figure(r["union_over_k"]), figure(r["p_eff"], 2), figure(ms["median"]), spread),
+                *(figure(r["tflops"]), figure(r["tbps"], 2), percent(r["share_of_roofline"])),
+            ]
+        )
+    return table(header, rows, left=4)
+
+
+def prefill_crossover(root: Path) -> str:
+    """`{{ prefill_crossover }}`: where the whole path loses to cuDNN, and from which length on it wins."""
+    p = Prefill(root)
+    if not p.wholes:
+        return missing(PREFILL)
+    rows = []
+    for h in p.heads:
+        for s in p.selections:
+            measured = [(L, x) for L in p.lengths if (x := p.speedup(h, s, L)) is not None]
+            if not measured:
+                continue
+            lost = [L for L, x in measured if x < 1]
+            won = [L for L, _ in measured if max(lost, default=0) < L]
+            worst = min(measured, key=lambda m: m[1])
+            rows.append(
+                [
+                    *(str(h), s, ", ".join(map(length, lost)) or "nowhere"),
+                    *(length(won[0]) if won else "at no length", f"{figure(worst[1])} at {length(worst[0])}"),
+                ]
+            )
+    return table(["H_kv", "selection", "slower than cuDNN at", "faster from", "slowest, over cuDNN"], rows, left=4)
+
+
+def prefill_methods(root: Path) -> str:
+    """`{{ prefill_methods }}`: which attention kernel was chosen at each length."""
+    p = Prefill(root)
+    if not p.wholes:
+        return missing(PREFILL)
+    chosen: dict[int, list[str]] = {}
+    for (_, _, L, k), r in p.wholes.items():
+        if k == K_BASE and "method" in r:
+            chosen.setdefault(L, []).append(r["method"])
+    lengths = sorted(chosen)
+    return table(
+        [f"L ({K_BASE} positions)", *map(length, lengths)],
+        [["kernel", *(", ".join(dict.fromkeys(chosen[L])) for L in lengths)]],
+    )
+
+
+def prefill_budgets(root: Path) -> str:
+    """`{{ prefill_budgets }}`: the whole path over the budget k, where several were measured."""
+    p = Prefill(root)
+    if not p.all:
+        return missing(PREFILL)
+    several: dict[tuple[int, str, int], set[int]] = {}
+    for h, s, L, k in p.wholes:
+        several.setdefault((h, s, L), set()).add(k)
+    rows = []
+    for (h, s, L), budgets in several.items():
+        for k in sorted(budgets) if len(budgets) > 1 else []:
+            ms, over = median(p.whole(h, s, L, k)), p.speedup(h, s, L, k)
+            rows.append([length(L), str(h), s, str(k), figure(ms), figure(over)])
+    if not rows:
+        return f"`{PREFILL}` has one budget per length."
+    return table(["L", "H_kv", "selection", "k", "ms", "over cuDNN"], rows, left=3)
+
+
+def prefill_memory(root: Path) -> str:
+    """`{{ prefill_memory }}`: peak memory of the whole path beyond inputs, result and selection, in MiB."""
+    p = Prefill(root)
+    if not p.wholes:
+        return missing(PREFILL)
+    rows = []
+    for h in p.heads:
+        cells = []
+        for L in p.lengths:
+            found = [r["peak_bytes"] for s in p.selections if (r := p.whole(h, s, L)) and r["peak_bytes"] is not None]
+            cells.append(f"{max(found) / 2**20:,.0f}" if found else "–")
+        rows.append([str(h), *cells])
+    return table(["H_kv", *map(length, p.lengths)], rows)
+
+
+def prefill_missing(root: Path) -> str:
+    """`{{ prefill_missing }}`: the cases that were not measured, or not as the others, and why."""
+    p = Prefill(root)
+    if not p.all:
+        return missing(PREFILL)
+    rows = []
+    for r in p.cases:
+        if said := r.get("reason") or r.get("note"):
+            size = r["shape"]
+            rows.append(
+                [r["case"], r["impl"], r["selection"] or "–", length(size["L"]), str(size["H_kv"] or "–"), said]
+            )
+    if not rows:
+        return "Every case was measured."
+    return table(["stage", "by", "selection", "L", "H_kv", "why"], rows, left=6)
+
+
+def long_verification(root: Path) -> str:
+    """`{{ long_verification }}`: the stored results of `python -m gsa_fast verify --length`."""
+    found = load(root, LONG)
+    if not found:
+        return missing(LONG)
+    lines = [f"From `{LONG}`:", ""]
+    for name in ("device", "torch", "triton", "commit", "command"):
+        lines.append(f"- {name}: " + ", ".join(f"`{v}`" for v in dict.fromkeys(str(r[name]) for r in found)))
+    rows = [
+        [
+            *(length(r["shape"]["L"]), str(r["shape"]["H_kv"]), row["stem"], row["verdict"], str(row["cases"])),
+            *(figure(row["worst_error"]), figure(row["budget"]), percent(row["ratio"])),
+        ]
+        for r in found
+        for row in r["rows"]
+    ]
+    header = ["L", "H_kv", "check", "verdict", "rows or runs", "worst error", "budget", "used"]
+    return "\n".join([*lines, "", table(header, rows, left=4)])
+
+
+def tried(root: Path) -> str:
+    """`{{ tried }}`: what was tried, what it was predicted to give, what it gave, and whether it stayed."""
+    found = load(root, TRIED)
+    if not found:
+        return missing(TRIED)
+    rows = [
+        [
+            r["what"],
+            r["predicted"],
+            "; ".join(f"{name}: {value}" for name, value in r["measured"].items()),
+            r["verdict"],
+        ]
+        for r in found
+    ]
+    return table(["what", "predicted", "measured", "verdict"], rows, left=4)
+
+
+DIRECTIVES = {
+    f.__name__: f
+    for f in (
+        prefill_setup, prefill_picture, prefill_speedup, prefill_lengths, prefill_roofline, prefill_crossover,
+        prefill_methods, prefill_budgets, prefill_memory, prefill_missing, long_verification, tried,
+    )
+}  # fmt: skip

@@ -1,0 +1,1 @@
+"""Speed: what `python -m gsa_fast bench` measures, and how."""

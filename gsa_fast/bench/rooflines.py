@@ -1,0 +1,126 @@
+"""The work of every case, and the time below which the machine's measured ceilings do not let it go.
+
+Work is counted for the operation as `gsa_fast` defines it, whatever a kernel does beyond it. P = L(L + 1)/2 is the
+number of causal pairs, and a multiply-add is two operations. The time of a stage is that of its scarcest resource, as
+if everything else overlapped perfectly; stages that follow one another add up.
+"""
+
+from dataclasses import dataclass
+
+from gsa_ref import GSAConfig
+
+BF16, FP32, INT32 = 2, 4, 4  # bytes
+TILE_ROWS = 64  # rows of a matrix instruction: 64/G queries × G heads
+
+
+@dataclass(frozen=True)
+class Ceilings:
+    """Measured limits of the machine, per second.
+
+    Attributes:
+        matmul: bf16 matrix operations.
+        copy: bytes read from and written to device memory.
+        gather: bytes that random rows bring from the L2 cache to the cores.
+        special: exponentials; a sigmoid is at least one such operation (a tanh).
+    """
+
+    matmul: float
+    copy: float
+    gather: float
+    special: float
+
+
+@dataclass(frozen=True)
+class Work:
+    """What a stage needs: matrix operations, special functions, bytes from device memory and from L2."""
+
+    flop: float = 0.0
+    special: float = 0.0
+    memory_bytes: float = 0.0
+    l2_bytes: float = 0.0
+
+    def seconds(self, ceilings: Ceilings) -> float:
+        """Time of the scarcest resource."""
+        return max(
+            self.flop / ceilings.matmul,
+            self.special / ceilings.special,
+            self.memory_bytes / ceilings.copy,
+            self.l2_bytes / ceilings.gather,
+        )
+
+
+def pairs(L: int) -> float:
+    """P: causal pairs of L queries and L keys."""
+    return L * (L + 1) / 2
+
+
+def tile_rows(config: GSAConfig) -> int:
+    """Queries per union tile: 64/G, at least one, so that queries × heads of a group fill a matrix instruction."""
+    return max(1, TILE_ROWS // (config.H // config.H_kv))
+
+
+def indexer_work(L: int, config: GSAConfig) -> Work:
+    """2·P·H_I·d_I matrix operations and P·H_I sigmoids; 4·L² bytes of scores are written, and inputs read."""
+    c = config
+    return Work(
+        flop=2 * pairs(L) * c.H_I * c.d_I,
+        special=pairs(L) * c.H_I,
+        memory_bytes=FP32 * L * L + _indexer_inputs(L, c),
+    )
+
+
+def indexed_selection_work(L: int, config: GSAConfig) -> Work:
+    """The indexer's operations and sigmoids; instead of scores, 4·L·min(k_max, L) bytes of indices are written."""
+    c = config
+    return Work(
+        flop=2 * pairs(L) * c.H_I * c.d_I,
+        special=pairs(L) * c.H_I,
+        memory_bytes=INT32 * L * min(c.k_max, L) + _indexer_inputs(L, c),
+    )
+
+
+def _indexer_inputs(L: int, c: GSAConfig) -> float:
+    return BF16 * L * (c.H_I * c.d_I + c.d_I + c.H_I)
+
+
+def attention_work(L: int, config: GSAConfig, *, mean_k: float, union: float, output_gate: bool = False) -> Work:
+    """Union tiles: B = 64/G queries share one pass over the U keys that any of them selected.
+
+    A tile multiplies its B·G rows with U keys and U values for each of H_kv heads, 4·d_h·B·H·U operations, and gathers
+    U rows of K and V once per head, 4·d_h·H_kv·U bytes from L2. There are L/B tiles. Without overlap (U = B·k) the
+    bytes are those of a gather per query. From memory: q, the result, the indices, k, v and the gate's logits once.
+
+    Args:
+        mean_k: mean budget.
+        union: mean U over tiles of `tile_rows(config)` queries.
+        output_gate: whether G1 is applied.
+    """
+    c = config
+    tiles = L / tile_rows(c)
+    queries, keys = BF16 * L * c.H * c.d_h, BF16 * L * c.H_kv * c.d_h
+    return Work(
+        flop=tiles * 4 * c.d_h * tile_rows(c) * c.H * union,
+        special=L * c.H * mean_k,
+        memory_bytes=(3 if output_gate else 2) * queries + 2 * keys + INT32 * L * mean_k + FP32 * L * c.H,
+        l2_bytes=tiles * 2 * BF16 * c.d_h * c.H_kv * union,
+    )
+
+
+def gates_work(L: int, config: GSAConfig) -> Work:
+    """G2 as one pass: v and its logits are read, v' is written. G1 is part of the attention."""
+    return Work(special=L * config.H_kv * config.d_h, memory_bytes=3 * BF16 * L * config.H_kv * config.d_h)
+
+
+def dense_work(L: int, config: GSAConfig) -> Work:
+    """Causal dense attention: 4·d_h·H·P operations and H·P exponentials; q, k, v and the result once."""
+    c = config
+    return Work(
+        flop=4 * c.d_h * c.H * pairs(L),
+        special=c.H * pairs(L),
+        memory_bytes=BF16 * L * c.d_h * 2 * (c.H + c.H_kv),
+    )
+
+
+def whole_seconds(stages: list[Work], ceilings: Ceilings) -> float:
+    """Stages one after another."""
+    return sum(stage.seconds(ceilings) for stage in stages)
