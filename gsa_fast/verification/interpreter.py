@@ -7,8 +7,9 @@ from unittest import mock
 
 import torch
 
-from gsa_fast import attention, budget, indexer, selection
+from gsa_fast import budget, indexer, selection
 from gsa_fast._backend import INTERPRETED
+from gsa_fast.attention import bits, gather, union
 
 
 def enable_interpreter_checks() -> None:
@@ -43,7 +44,11 @@ def small_tiles(width: int = 16) -> Iterator[None]:
             (selection, "row_block", lambda S: width),
             (selection, "MAX_STATISTICS", 2),
             (selection, "CHUNK_BYTES", 80 * width),
-            (attention, "block_k", lambda block_d, dtype: width),
+            (gather, "block_k", lambda block_d, dtype: width),
+            (bits, "CHUNK_BYTES", 80 * width),
+            (union, "TILE_ROWS", width // 2),
+            (union, "BLOCK_WORDS", 1),
+            (union, "keys_per_block", lambda block_d, dtype: width),
         ):
             stack.enter_context(mock.patch.object(module, name, value))
         yield

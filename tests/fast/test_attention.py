@@ -88,6 +88,13 @@ def full(B: int, L: int, S: int, device: str) -> Selection:
     return Selection(*(x.to(device) for x in random_selection("full", B, L, S, S, torch.Generator())))
 
 
+@pytest.fixture(autouse=True, params=("gather", "union"))
+def method(request, monkeypatch):
+    """Every test of this file holds for every kernel."""
+    monkeypatch.setattr(gsa_fast.attention, "choose_method", lambda **shape: request.param)
+    return request.param
+
+
 # --- against the equations ----------------------------------------------------------------------------------------
 
 
