@@ -1,8 +1,9 @@
 """Selections as bit masks, which tiles of neighbouring queries read: bit s % 32 of word s // 32 stands for position s.
 
-A tile attends to keys that only some of its queries selected, with weight 0 for the others. 0 · NaN is NaN, so values
-that are not finite are known beforehand, and the tiles that meet one are computed again without it (`*_repair_kernel`);
-rows that selected one get it from the gather kernel's code. A query never notices what only its neighbour selected.
+A tile attends to keys that only some of its queries selected, with weight 0 for the others, and 0 · NaN is NaN. So a
+tile whose result is not finite is computed again with 0 in place of the values that are not (`*_repair_kernel`), and
+the rows that did select one get it by gathering (`nonfinite_rows_kernel`). A query never notices, not in a single bit,
+what only its neighbour selected.
 """
 
 import torch
@@ -11,38 +12,10 @@ import triton.language as tl
 from torch import Tensor
 
 from gsa_fast.attention.gather import attend_query
+from gsa_fast.attention.rows import LOG2_E
 
 # Bit masks, and what is made of them, exist for one chunk of query rows at a time.
 CHUNK_BYTES = 256 * 2**20
-# Positions per program of `nonfinite_values_kernel`; a bit mask has whole words for all of them.
-POSITIONS = 64
-
-# States of a row, as bits.
-SELECTED = tl.constexpr(1)  # it selected something
-NONFINITE = tl.constexpr(2)  # it selected a value that is not finite
-
-
-@triton.jit
-def nonfinite_values_kernel(
-    v_ptr, nonfinite_ptr, stride_vb, stride_vs, stride_vh, stride_vd, S, H_kv, words,
-    d_h: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_D: tl.constexpr,
-):  # fmt: skip
-    """One program per BLOCK_S positions: the bit mask of those where a value of any head is NaN or infinite."""
-    tiles = tl.cdiv(S, BLOCK_S)
-    b = (tl.program_id(0) // tiles).to(tl.int64)
-    first = (tl.program_id(0) % tiles) * BLOCK_S
-    s = first + tl.arange(0, BLOCK_S)  # [BLOCK_S]
-    c = tl.arange(0, BLOCK_D).to(tl.int64)
-    mask = (s < S)[:, None] & (c < d_h)[None, :]
-    p_v = v_ptr + b * stride_vb + s.to(tl.int64)[:, None] * stride_vs + c[None, :] * stride_vd
-    bad = tl.zeros([BLOCK_S], tl.int32)
-    for _ in range(H_kv):
-        b_v = tl.load(p_v, mask=mask, other=0.0).to(tl.float32)  # [BLOCK_S, BLOCK_D]
-        bad = bad | tl.max((~(tl.abs(b_v) < float("inf"))).to(tl.int32), axis=1)
-        p_v += stride_vh
-    bad = tl.reshape(bad, [BLOCK_S // 32, 32]) << tl.arange(0, 32)[None, :]
-    w = first // 32 + tl.arange(0, BLOCK_S // 32)
-    tl.store(nonfinite_ptr + b * words + w, tl.reduce_or(bad, axis=1))
 
 
 @triton.jit
@@ -58,12 +31,15 @@ def visible_words(start_ptr, b, first_row, row, rows, S, QUERIES: tl.constexpr):
 
 @triton.jit
 def selection_bits_kernel(
-    indices_ptr, counts_ptr, start_ptr, nonfinite_ptr, bits_ptr, states_ptr,
+    indices_ptr, counts_ptr, start_ptr, bits_ptr, occupied_ptr,
     stride_ib, stride_il, stride_ik, stride_cb, stride_cl,
     first_row, rows, words, K, S,
     QUERIES: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """One program per row of a chunk: its selection as a bit mask, as far as its tile can see, and its state."""
+    """One program per row of a chunk: its selection as a bit mask, as far as its tile can see.
+
+    Also whether it selected anything at all.
+    """
     pid = tl.program_id(0).to(tl.int64)
     b = pid // rows
     row = pid % rows
@@ -78,82 +54,117 @@ def selection_bits_kernel(
     count = tl.minimum(tl.load(counts_ptr + b * stride_cb + t * stride_cl), K)
     position = tl.load(start_ptr + b) + t
     p_indices = indices_ptr + b * stride_ib + t * stride_il
-    state = tl.zeros([BLOCK_K], tl.int32)
+    occupied = tl.zeros([BLOCK_K], tl.int32)
     for first in range(0, count, BLOCK_K):
         slot = first + k
         s = tl.load(p_indices + slot.to(tl.int64) * stride_ik, mask=slot < count, other=-1)  # [BLOCK_K]
         filled = (s >= 0) & (s < S) & (s <= position)
         tl.atomic_or(p_bits + (s >> 5), tl.full([BLOCK_K], 1, tl.int32) << (s & 31), mask=filled, sem="relaxed")
-        nonfinite = tl.load(nonfinite_ptr + b * words + (s >> 5), mask=filled, other=0) >> (s & 31)
-        state = state | tl.where(filled, SELECTED, 0) | ((nonfinite & 1) * NONFINITE)
-    tl.store(states_ptr + pid, tl.reduce_or(state, axis=0))
+        occupied = occupied | filled.to(tl.int32)
+    tl.store(occupied_ptr + pid, tl.max(occupied, axis=0))
 
 
 @triton.jit
-def attend_nonfinite_rows(
-    b, h_kv, first_row, row, rows, states_ptr,
-    q_ptr, k_ptr, v_ptr, indices_ptr, counts_ptr, start_ptr, gate_ptr, out_ptr, lse_ptr,
+def any_head(flags_ptr, tile, H_kv, BLOCK_H: tl.constexpr):
+    """Whether the flag of a tile is set for any of its H_kv heads."""
+    any_set = 0
+    for first in range(0, H_kv, BLOCK_H):
+        h = first + tl.arange(0, BLOCK_H)
+        any_set = tl.maximum(any_set, tl.max(tl.load(flags_ptr + tile * H_kv + h, mask=h < H_kv, other=0), axis=0))
+    return any_set != 0
+
+
+@triton.jit
+def nonfinite_rows_kernel(
+    q_ptr, k_ptr, v_ptr, indices_ptr, counts_ptr, start_ptr, gate_ptr, out_ptr, lse_ptr, broken_ptr, nonfinite_ptr,
     stride_qb, stride_ql, stride_qh, stride_qd,
     stride_kb, stride_ks, stride_kh, stride_kd,
     stride_vb, stride_vs, stride_vh, stride_vd,
     stride_ib, stride_il, stride_ik, stride_cb, stride_cl,
     stride_gb, stride_gl, stride_gh, stride_gd,
-    L, S, K, H_kv, scale_log2,
+    first_row, rows, tiles, L, S, K, H_kv, scale_log2,
     QUERIES: tl.constexpr, GROUP: tl.constexpr, d_h: tl.constexpr,
-    BLOCK_G: tl.constexpr, BLOCK_D: tl.constexpr, OUTPUT_GATE: tl.constexpr,
+    BLOCK_G: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_H: tl.constexpr,
+    OUTPUT_GATE: tl.constexpr,
 ):  # fmt: skip
-    """The rows of a tile, from `row` on, that selected a value that is not finite: one by one, by gathering."""
-    for i in range(row, tl.minimum(row + QUERIES, rows)):
-        if (tl.load(states_ptr + b * rows + i) & NONFINITE) != 0:
-            attend_query(
-                b, first_row + i, h_kv,
-                q_ptr, k_ptr, v_ptr, indices_ptr, counts_ptr, start_ptr, gate_ptr, out_ptr, lse_ptr,
-                stride_qb, stride_ql, stride_qh, stride_qd,
-                stride_kb, stride_ks, stride_kh, stride_kd,
-                stride_vb, stride_vs, stride_vh, stride_vd,
-                stride_ib, stride_il, stride_ik, stride_cb, stride_cl,
-                stride_gb, stride_gl, stride_gh, stride_gd,
-                L, S, K, H_kv, scale_log2,
-                GROUP, d_h, BLOCK_G, BLOCK_D, 16, OUTPUT_GATE,
-            )  # fmt: skip
+    """One program per tile: its rows that selected a value that is not finite, one by one, by gathering."""
+    tile = tl.program_id(0).to(tl.int64)
+    b = tile // tiles
+    first = (tile % tiles) * QUERIES
+    if any_head(broken_ptr, tile, H_kv, BLOCK_H):
+        for h in range(H_kv):
+            if tl.load(broken_ptr + tile * H_kv + h) != 0:
+                for row in range(first, tl.minimum(first + QUERIES, rows)):
+                    if tl.load(nonfinite_ptr + (b * rows + row) * H_kv + h) != 0:
+                        attend_query(
+                            b, first_row + row, tl.cast(h, tl.int64),
+                            q_ptr, k_ptr, v_ptr, indices_ptr, counts_ptr, start_ptr, gate_ptr, out_ptr, lse_ptr,
+                            stride_qb, stride_ql, stride_qh, stride_qd,
+                            stride_kb, stride_ks, stride_kh, stride_kd,
+                            stride_vb, stride_vs, stride_vh, stride_vd,
+                            stride_ib, stride_il, stride_ik, stride_cb, stride_cl,
+                            stride_gb, stride_gl, stride_gh, stride_gd,
+                            L, S, K, H_kv, scale_log2,
+                            GROUP, d_h, BLOCK_G, BLOCK_D, BLOCK_K, OUTPUT_GATE,
+                        )  # fmt: skip
 
 
 def words_of(S: int) -> int:
-    """Words of a bit mask over S positions."""
-    return triton.cdiv(S, POSITIONS) * (POSITIONS // 32)
-
-
-def nonfinite_values(v: Tensor) -> Tensor:
-    """int32 [B, words]: the positions where a value of any head is not finite."""
-    B, S, H_kv, d_h = v.shape
-    words = words_of(S)
-    nonfinite = torch.empty((B, words), dtype=torch.int32, device=v.device)
-    if S:
-        nonfinite_values_kernel[(B * triton.cdiv(S, POSITIONS),)](
-            v, nonfinite, *v.stride(), S, H_kv, words,
-            d_h=d_h, BLOCK_S=POSITIONS, BLOCK_D=max(16, triton.next_power_of_2(d_h)),
-        )  # fmt: skip
-    return nonfinite
+    """Words of a bit mask over S positions, an even number."""
+    return 2 * triton.cdiv(S, 64)
 
 
 def write_selection_bits(
     indices: Tensor,
     counts: Tensor,
     start: Tensor,
-    nonfinite: Tensor,
     bits: Tensor,
-    states: Tensor,
+    occupied: Tensor,
     first_row: int,
     rows: int,
     S: int,
     queries: int,
 ) -> None:
-    """Fill `bits` [B, rows, words] and `states` [B, rows] for a chunk of rows."""
+    """Fill `bits` [B, rows, words] and `occupied` [B, rows] for a chunk of rows."""
     K = indices.shape[-1]
     selection_bits_kernel[(len(indices) * rows,)](
-        indices, counts, start, nonfinite, bits, states, *indices.stride(), *counts.stride(),
-        first_row, rows, nonfinite.shape[1], K, S,
+        indices, counts, start, bits, occupied, *indices.stride(), *counts.stride(),
+        first_row, rows, words_of(S), K, S,
         QUERIES=queries, BLOCK_K=min(1024, max(16, triton.next_power_of_2(K))),
+    )  # fmt: skip
+
+
+def attend_nonfinite_rows(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    indices: Tensor,
+    counts: Tensor,
+    start: Tensor,
+    gate: Tensor,
+    scale: float,
+    out: Tensor,
+    lse: Tensor,
+    broken: Tensor,
+    nonfinite: Tensor,
+    first_row: int,
+    rows: int,
+    queries: int,
+    output_gate: bool,
+) -> None:
+    """Write the rows of a chunk that selected a value that is not finite: `nonfinite` [B, rows, H_kv].
+
+    It is read only where `broken` [B, tiles, H_kv] is set.
+    """
+    (B, L, H, d_h), (S, H_kv), K = q.shape, k.shape[1:3], indices.shape[-1]
+    tiles = triton.cdiv(rows, queries)
+    nonfinite_rows_kernel[(B * tiles,)](
+        q, k, v, indices, counts, start, gate, out, lse, broken, nonfinite,
+        *q.stride(), *k.stride(), *v.stride(), *indices.stride(), *counts.stride(), *gate.stride(),
+        first_row, rows, tiles, L, S, K, H_kv, scale * LOG2_E,
+        QUERIES=queries, GROUP=H // H_kv, d_h=d_h, BLOCK_G=max(16, triton.next_power_of_2(H // H_kv)),
+        BLOCK_D=max(16, triton.next_power_of_2(d_h)), BLOCK_K=16, BLOCK_H=16, OUTPUT_GATE=output_gate,
+        num_warps=8 if q.dtype == torch.float32 else 4, num_stages=1,
     )  # fmt: skip
 
 

@@ -43,8 +43,10 @@ def explain_choice(
         TypeError: an argument is not an int, or dtype is none that the kernels take.
         ValueError: a negative size, no head or channel, or H is not a multiple of H_kv.
     """
-    for name, value, minimum in (("L", L, 0), ("S", S, 0), ("K", K, 0), ("H", H, 1), ("H_kv", H_kv, 1), ("d_h", d_h, 1)):
-        check_int(name, value, minimum)
+    for name, value in (("L", L), ("S", S), ("K", K)):
+        check_int(name, value, 0)
+    for name, value in (("H", H), ("H_kv", H_kv), ("d_h", d_h)):
+        check_int(name, value, 1)
     if H % H_kv:
         raise ValueError(f"H: expected a multiple of H_kv = {H_kv}, got {H}")
     if dtype not in KERNEL_DTYPES:

@@ -33,9 +33,18 @@ def load_keys(p_rows, c, stride_d, d_h: tl.constexpr, BLOCK_D: tl.constexpr):
 
 
 @triton.jit
-def zero_nonfinite(x):
-    """x with 0 in place of NaN and ±∞."""
-    return tl.where(tl.abs(x.to(tl.float32)) < float("inf"), x, 0.0)
+def is_nonfinite(x):
+    """1 where x is NaN or infinite."""
+    return (~(tl.abs(x.to(tl.float32)) < float("inf"))).to(tl.int32)
+
+
+@triton.jit
+def load_finite(p_rows, c, stride_d, d_h: tl.constexpr):
+    """Like `load_keys`, with 0 for all channels of a row where one is not finite; and which rows those are."""
+    p = p_rows[:, None] + c[None, :] * stride_d
+    mask = (c < d_h)[None, :]
+    bad = tl.max(is_nonfinite(tl.load(p, mask=mask, other=0.0)), axis=1)  # [BLOCK_N]
+    return tl.load(p, mask=mask & (bad == 0)[:, None], other=0.0), bad
 
 
 @triton.jit

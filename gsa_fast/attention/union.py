@@ -13,30 +13,38 @@ from torch import Tensor
 
 from gsa_fast._primitives import popcount
 from gsa_fast.attention.bits import (
-    NONFINITE,
-    SELECTED,
+    any_head,
     attend_nonfinite_rows,
-    nonfinite_values,
     rows_per_chunk,
     visible_words,
+    words_of,
     write_selection_bits,
 )
-from gsa_fast.attention.rows import LOG2_E, load_keys, load_rows, online_softmax_update, store_rows, zero_nonfinite
+from gsa_fast.attention.rows import (
+    LOG2_E,
+    is_nonfinite,
+    load_finite,
+    load_keys,
+    load_rows,
+    online_softmax_update,
+    store_rows,
+)
 
 TILE_ROWS = 64  # more rows: fewer gathers, but a larger union for each
-BLOCK_WORDS = 32  # words of the bit masks that a program of `union_kernel` expands at a time
+BLOCK_WORDS = 64  # words of the bit masks that a program of `union_kernel` expands at a time
+BLOCK_MEMBERS = 512  # positions of a union for which it looks up the members at a time
 
 
 @triton.jit
 def union_kernel(
-    bits_ptr, nonfinite_ptr, start_ptr, positions_ptr, members_ptr, sizes_ptr, repair_ptr,
+    bits_ptr, start_ptr, positions_ptr, members_ptr, sizes_ptr,
     first_row, rows, words, tiles, capacity, S,
-    QUERIES: tl.constexpr, BLOCK_W: tl.constexpr, BLOCK_N: tl.constexpr,
+    QUERIES: tl.constexpr, BLOCK_W: tl.constexpr, BLOCK_U: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """One program per tile: the ascending union of its queries' selections, and for each position a bit per query.
 
-    Also the union's size, and whether it holds a value that is not finite. It is padded to a multiple of BLOCK_N with
-    its own last position, which nobody selects there: attention then needs no masks.
+    It is padded to a multiple of BLOCK_N with its own last position, which nobody selects there: attention then needs
+    no masks.
     """
     pid = tl.program_id(0).to(tl.int64)
     b = pid // tiles
@@ -49,38 +57,41 @@ def union_kernel(
     below = ~(tl.full([32], -1, tl.int32) << lane)  # the bits of lower positions
     size = 0
     largest = 0
-    nonfinite = tl.zeros([BLOCK_W], tl.int32)
-    for first_word in range(0, n_words, BLOCK_W):
-        w = first_word + tl.arange(0, BLOCK_W)  # [BLOCK_W]
+    for first in range(0, n_words, BLOCK_W):
+        w = first + tl.arange(0, BLOCK_W)
         union = tl.zeros([BLOCK_W], tl.int32)
-        member = tl.zeros([BLOCK_W, 32], tl.int32)
         for i in tl.static_range(QUERIES):
-            bits = tl.load(p_bits + i * words + w, mask=(w < n_words) & (row + i < rows), other=0)
-            union = union | bits
-            member = member | (((bits[:, None] >> lane[None, :]) & 1) << i)
+            union = union | tl.load(p_bits + i * words + w, mask=(w < n_words) & (row + i < rows), other=0)
         in_word = popcount(union)  # [BLOCK_W]
-        in_block = tl.sum(in_word, axis=0)
-        if in_block > 0:
-            before = size + tl.cumsum(in_word, axis=0) - in_word
-            slot = before[:, None] + popcount(union[:, None] & below[None, :])  # [BLOCK_W, 32]
-            s = w[:, None] * 32 + lane[None, :]
-            tl.store(p_positions + slot, s, mask=member != 0)
-            tl.store(p_members + slot, member, mask=member != 0)
-            nonfinite = nonfinite | (union & tl.load(nonfinite_ptr + b * words + w, mask=w < n_words, other=0))
-            largest = tl.max(tl.where(member != 0, s, 0))
-            size += in_block
+        before = size + tl.cumsum(in_word, axis=0) - in_word
+        slot = before[:, None] + popcount(union[:, None] & below[None, :])  # [BLOCK_W, 32]
+        taken = ((union[:, None] >> lane[None, :]) & 1) == 1
+        s = w[:, None] * 32 + lane[None, :]
+        tl.store(p_positions + slot, s, mask=taken)
+        largest = tl.maximum(largest, tl.max(tl.where(taken, s, 0)))
+        size += tl.sum(in_word, axis=0)
+    tl.debug_barrier()  # other threads read the positions that this one has written
+
+    for first in range(0, size, BLOCK_U):
+        slot = first + tl.arange(0, BLOCK_U)
+        s = tl.load(p_positions + slot, mask=slot < size, other=0)  # [BLOCK_U]
+        member = tl.zeros([BLOCK_U], tl.int32)
+        for i in tl.static_range(QUERIES):
+            bits = tl.load(p_bits + i * words + (s >> 5), mask=(slot < size) & (row + i < rows), other=0)
+            member = member | (((bits >> (s & 31)) & 1) << i)
+        tl.store(p_members + slot, member, mask=slot < size)
     slot = size + tl.arange(0, BLOCK_N)
     padding = slot < tl.cdiv(size, BLOCK_N) * BLOCK_N
     tl.store(p_positions + slot, tl.zeros([BLOCK_N], tl.int32) + largest, mask=padding)
     tl.store(p_members + slot, tl.zeros([BLOCK_N], tl.int32), mask=padding)
     tl.store(sizes_ptr + pid, size)
-    tl.store(repair_ptr + pid, tl.max((nonfinite != 0).to(tl.int32), axis=0))
 
 
 @triton.jit
 def attend_union(
     tile, h_kv,
-    q_ptr, k_ptr, v_ptr, positions_ptr, members_ptr, sizes_ptr, states_ptr, gate_ptr, out_ptr, lse_ptr,
+    q_ptr, k_ptr, v_ptr, positions_ptr, members_ptr, sizes_ptr, occupied_ptr,
+    gate_ptr, out_ptr, lse_ptr, broken_ptr, nonfinite_ptr,
     stride_qb, stride_ql, stride_qh, stride_qd,
     stride_kb, stride_ks, stride_kh, stride_kd,
     stride_vb, stride_vs, stride_vh, stride_vd,
@@ -92,14 +103,14 @@ def attend_union(
 ):  # fmt: skip
     """The QUERIES × GROUP rows of one tile for one key/value head, over the tile's union.
 
-    With REPAIR, values that are not finite count as 0, and the rows that selected one are left alone.
+    With REPAIR, values of a position where one is not finite count as 0, and the rows that selected it are noted.
+    Without, whether the result is finite is noted.
     """
     b = tile // tiles
     r = tl.arange(0, BLOCK_M)  # [BLOCK_M] row of the tile: query r // GROUP, head r % GROUP
     query = r // GROUP
     row = (tile % tiles) * QUERIES + query  # row of the chunk
     keep = (query < QUERIES) & (row < rows)
-    state = tl.load(states_ptr + b * rows + row, mask=keep, other=0)
     t = first_row + row
     head = h_kv * GROUP + r % GROUP
     c = tl.arange(0, BLOCK_D).to(tl.int64)  # [BLOCK_D]
@@ -114,22 +125,30 @@ def attend_union(
     m = tl.full([BLOCK_M], float("-inf"), tl.float32)
     l = tl.zeros([BLOCK_M], tl.float32)
     acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+    nonfinite = tl.zeros([BLOCK_M], tl.int32)
     for first in range(0, tl.load(sizes_ptr + tile), BLOCK_N):
         n = first + tl.arange(0, BLOCK_N)
         s = tl.load(p_positions + n).to(tl.int64)  # [BLOCK_N]
         member = tl.load(p_members + n)  # [BLOCK_N]
+        selected = (member[None, :] & bit[:, None]) != 0  # [BLOCK_M, BLOCK_N]
         b_k = load_keys(p_k + s * stride_ks, c, stride_kd, d_h, BLOCK_D)  # [BLOCK_N, BLOCK_D]
-        b_v = load_keys(p_v + s * stride_vs, c, stride_vd, d_h, BLOCK_D)
         if REPAIR:
-            b_v = zero_nonfinite(b_v)
+            b_v, bad = load_finite(p_v + s * stride_vs, c, stride_vd, d_h)
+            nonfinite = nonfinite | tl.max(tl.where(selected, bad[None, :], 0), axis=1)
+        else:
+            b_v = load_keys(p_v + s * stride_vs, c, stride_vd, d_h, BLOCK_D)
         logits = scale_log2 * tl.dot(b_q, tl.trans(b_k), input_precision="ieee")  # [BLOCK_M, BLOCK_N]
-        logits = tl.where((member[None, :] & bit[:, None]) != 0, logits, float("-inf"))
+        logits = tl.where(selected, logits, float("-inf"))
         m, l, acc = online_softmax_update(m, l, acc, logits, b_v)
 
     if REPAIR:
-        keep = keep & ((state & NONFINITE) == 0)
+        tl.store(nonfinite_ptr + (b * rows + row) * H_kv + h_kv, nonfinite, mask=keep)
+        keep = keep & (nonfinite == 0)
+    else:
+        tl.store(broken_ptr + tile * H_kv + h_kv, tl.max(is_nonfinite(acc)))
+    occupied = tl.load(occupied_ptr + b * rows + row, mask=keep, other=0)
     store_rows(
-        m, l, acc, (state & SELECTED) == 0, b, t, head, c, keep,
+        m, l, acc, occupied == 0, b, t, head, c, keep,
         gate_ptr, out_ptr, lse_ptr, stride_gb, stride_gl, stride_gh, stride_gd,
         L, H_kv * GROUP, d_h, OUTPUT_GATE,
     )  # fmt: skip
@@ -137,7 +156,8 @@ def attend_union(
 
 @triton.jit
 def union_attention_kernel(
-    q_ptr, k_ptr, v_ptr, positions_ptr, members_ptr, sizes_ptr, states_ptr, gate_ptr, out_ptr, lse_ptr,
+    q_ptr, k_ptr, v_ptr, positions_ptr, members_ptr, sizes_ptr, occupied_ptr,
+    gate_ptr, out_ptr, lse_ptr, broken_ptr, nonfinite_ptr,
     stride_qb, stride_ql, stride_qh, stride_qd,
     stride_kb, stride_ks, stride_kh, stride_kd,
     stride_vb, stride_vs, stride_vh, stride_vd,
@@ -152,7 +172,8 @@ def union_attention_kernel(
     # One head after the other, so that its K and V stay in L2; the last tiles first, because they have most to do.
     attend_union(
         n_tiles - 1 - pid % n_tiles, pid // n_tiles,
-        q_ptr, k_ptr, v_ptr, positions_ptr, members_ptr, sizes_ptr, states_ptr, gate_ptr, out_ptr, lse_ptr,
+        q_ptr, k_ptr, v_ptr, positions_ptr, members_ptr, sizes_ptr, occupied_ptr,
+        gate_ptr, out_ptr, lse_ptr, broken_ptr, nonfinite_ptr,
         stride_qb, stride_ql, stride_qh, stride_qd,
         stride_kb, stride_ks, stride_kh, stride_kd,
         stride_vb, stride_vs, stride_vh, stride_vd,
@@ -164,44 +185,33 @@ def union_attention_kernel(
 
 @triton.jit
 def union_repair_kernel(
-    q_ptr, k_ptr, v_ptr, positions_ptr, members_ptr, sizes_ptr, states_ptr, gate_ptr, out_ptr, lse_ptr,
-    indices_ptr, counts_ptr, start_ptr, repair_ptr,
+    q_ptr, k_ptr, v_ptr, positions_ptr, members_ptr, sizes_ptr, occupied_ptr,
+    gate_ptr, out_ptr, lse_ptr, broken_ptr, nonfinite_ptr,
     stride_qb, stride_ql, stride_qh, stride_qd,
     stride_kb, stride_ks, stride_kh, stride_kd,
     stride_vb, stride_vs, stride_vh, stride_vd,
-    stride_ib, stride_il, stride_ik, stride_cb, stride_cl,
     stride_gb, stride_gl, stride_gh, stride_gd,
-    first_row, rows, L, S, K, H_kv, tiles, capacity, scale_log2,
+    first_row, rows, L, H_kv, tiles, capacity, scale_log2,
     QUERIES: tl.constexpr, GROUP: tl.constexpr, d_h: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_G: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_H: tl.constexpr,
     OUTPUT_GATE: tl.constexpr,
 ):  # fmt: skip
-    """One program per tile: compute it again if its union holds a value that is not finite."""
+    """One program per tile: the heads whose result is not finite, once more, without what made it so."""
     tile = tl.program_id(0).to(tl.int64)
-    if tl.load(repair_ptr + tile) != 0:
+    if any_head(broken_ptr, tile, H_kv, BLOCK_H):
         for h in range(H_kv):
-            h_kv = tl.cast(h, tl.int64)
-            attend_union(
-                tile, h_kv,
-                q_ptr, k_ptr, v_ptr, positions_ptr, members_ptr, sizes_ptr, states_ptr, gate_ptr, out_ptr, lse_ptr,
-                stride_qb, stride_ql, stride_qh, stride_qd,
-                stride_kb, stride_ks, stride_kh, stride_kd,
-                stride_vb, stride_vs, stride_vh, stride_vd,
-                stride_gb, stride_gl, stride_gh, stride_gd,
-                first_row, rows, L, H_kv, tiles, capacity, scale_log2,
-                QUERIES, GROUP, d_h, BLOCK_M, BLOCK_N, BLOCK_D, OUTPUT_GATE, True,
-            )  # fmt: skip
-            attend_nonfinite_rows(
-                tile // tiles, h_kv, first_row, (tile % tiles) * QUERIES, rows, states_ptr,
-                q_ptr, k_ptr, v_ptr, indices_ptr, counts_ptr, start_ptr, gate_ptr, out_ptr, lse_ptr,
-                stride_qb, stride_ql, stride_qh, stride_qd,
-                stride_kb, stride_ks, stride_kh, stride_kd,
-                stride_vb, stride_vs, stride_vh, stride_vd,
-                stride_ib, stride_il, stride_ik, stride_cb, stride_cl,
-                stride_gb, stride_gl, stride_gh, stride_gd,
-                L, S, K, H_kv, scale_log2,
-                QUERIES, GROUP, d_h, BLOCK_G, BLOCK_D, OUTPUT_GATE,
-            )  # fmt: skip
+            if tl.load(broken_ptr + tile * H_kv + h) != 0:
+                attend_union(
+                    tile, tl.cast(h, tl.int64),
+                    q_ptr, k_ptr, v_ptr, positions_ptr, members_ptr, sizes_ptr, occupied_ptr,
+                    gate_ptr, out_ptr, lse_ptr, broken_ptr, nonfinite_ptr,
+                    stride_qb, stride_ql, stride_qh, stride_qd,
+                    stride_kb, stride_ks, stride_kh, stride_kd,
+                    stride_vb, stride_vs, stride_vh, stride_vd,
+                    stride_gb, stride_gl, stride_gh, stride_gd,
+                    first_row, rows, L, H_kv, tiles, capacity, scale_log2,
+                    QUERIES, GROUP, d_h, BLOCK_M, BLOCK_N, BLOCK_D, OUTPUT_GATE, True,
+                )  # fmt: skip
 
 
 def attend_unions(
@@ -222,42 +232,42 @@ def attend_unions(
     gate = q if output_gate_logits is None else output_gate_logits
     queries = queries_per_tile(group)
     block_m, block_d = max(16, triton.next_power_of_2(queries * group)), max(16, triton.next_power_of_2(d_h))
-    block_n = keys_per_block(block_d, q.dtype)
-    nonfinite = nonfinite_values(v)
-    words = nonfinite.shape[1]
+    block_n, words = keys_per_block(block_d, q.dtype), words_of(S)
     capacity = triton.cdiv(min(queries * K, S), block_n) * block_n  # the largest union that a tile may have
     chunk_rows = rows_per_chunk(B, L, queries, queries * words * 4 + capacity * 8 + 1)
     chunk_tiles = chunk_rows // queries
 
     bits = torch.empty(B * chunk_rows * words, dtype=torch.int32, device=device)
-    states = torch.empty(B * chunk_rows, dtype=torch.int32, device=device)
+    occupied = torch.empty(B * chunk_rows, dtype=torch.int32, device=device)
     positions, members = torch.empty((2, B * chunk_tiles * capacity), dtype=torch.int32, device=device)
-    sizes, repair = torch.empty((2, B * chunk_tiles), dtype=torch.int32, device=device)
-    strides_qkv = *q.stride(), *k.stride(), *v.stride()
-    shapes = {"QUERIES": queries, "GROUP": group, "d_h": d_h, "BLOCK_M": block_m, "BLOCK_N": block_n}
-    shapes |= {"BLOCK_D": block_d, "OUTPUT_GATE": output_gate_logits is not None}
+    sizes = torch.empty(B * chunk_tiles, dtype=torch.int32, device=device)
+    broken = torch.empty(B * chunk_tiles * H_kv, dtype=torch.int32, device=device)
+    nonfinite = torch.empty(B * chunk_rows * H_kv, dtype=torch.int32, device=device)
+    tensors = q, k, v, positions, members, sizes, occupied, gate, out, lse, broken, nonfinite
+    strides = *q.stride(), *k.stride(), *v.stride(), *gate.stride()
+    constants = {"QUERIES": queries, "GROUP": group, "d_h": d_h, "BLOCK_M": block_m, "BLOCK_N": block_n}
+    constants |= {"BLOCK_D": block_d, "OUTPUT_GATE": output_gate_logits is not None}
     num_warps = 8 if block_m * block_d > 64 * 128 or q.dtype == torch.float32 else 4
     for first_row in range(0, L, chunk_rows):
         rows = min(chunk_rows, L - first_row)
         tiles = triton.cdiv(rows, queries)
-        write_selection_bits(indices, counts, start, nonfinite, bits, states, first_row, rows, S, queries)
+        write_selection_bits(indices, counts, start, bits, occupied, first_row, rows, S, queries)
         union_kernel[(B * tiles,)](
-            bits, nonfinite, start, positions, members, sizes, repair,
+            bits, start, positions, members, sizes,
             first_row, rows, words, tiles, capacity, S,
-            QUERIES=queries, BLOCK_W=min(BLOCK_WORDS, max(1, triton.next_power_of_2(words))), BLOCK_N=block_n,
+            QUERIES=queries, BLOCK_W=BLOCK_WORDS, BLOCK_U=BLOCK_MEMBERS, BLOCK_N=block_n,
         )  # fmt: skip
         union_attention_kernel[(B * tiles * H_kv,)](
-            q, k, v, positions, members, sizes, states, gate, out, lse,
-            *strides_qkv, *gate.stride(),
-            first_row, rows, L, H_kv, tiles, B * tiles, capacity, scale * LOG2_E,
-            **shapes, num_warps=num_warps, num_stages=pipeline_stages(block_n, block_d, q.dtype),
+            *tensors, *strides, first_row, rows, L, H_kv, tiles, B * tiles, capacity, scale * LOG2_E,
+            **constants, num_warps=num_warps, num_stages=pipeline_stages(block_n, block_d, q.dtype),
         )  # fmt: skip
         union_repair_kernel[(B * tiles,)](
-            q, k, v, positions, members, sizes, states, gate, out, lse,
-            indices, counts, start, repair,
-            *strides_qkv, *indices.stride(), *counts.stride(), *gate.stride(),
-            first_row, rows, L, S, K, H_kv, tiles, capacity, scale * LOG2_E,
-            **shapes, BLOCK_G=max(16, triton.next_power_of_2(group)), num_warps=num_warps, num_stages=1,
+            *tensors, *strides, first_row, rows, L, H_kv, tiles, capacity, scale * LOG2_E,
+            **constants, BLOCK_H=16, num_warps=num_warps, num_stages=1,
+        )  # fmt: skip
+        attend_nonfinite_rows(
+            q, k, v, indices, counts, start, gate, scale, out, lse, broken, nonfinite,
+            first_row, rows, queries, output_gate_logits is not None,
         )  # fmt: skip
 
 

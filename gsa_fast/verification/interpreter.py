@@ -9,7 +9,7 @@ import torch
 
 from gsa_fast import budget, indexer, selection
 from gsa_fast._backend import INTERPRETED
-from gsa_fast.attention import bits, gather, union
+from gsa_fast.attention import bits, gather, masked, union
 
 
 def enable_interpreter_checks() -> None:
@@ -48,6 +48,10 @@ def small_tiles(width: int = 16) -> Iterator[None]:
             (bits, "CHUNK_BYTES", 80 * width),
             (union, "TILE_ROWS", width // 2),
             (union, "BLOCK_WORDS", 1),
+            (union, "BLOCK_MEMBERS", width // 2),
+            (masked, "TILE_ROWS", width // 2),
+            (masked, "BLOCK_WORDS", 2),
+            (masked, "keys_per_block", lambda block_d, dtype: 32),
             (union, "keys_per_block", lambda block_d, dtype: width),
         ):
             stack.enter_context(mock.patch.object(module, name, value))

@@ -88,7 +88,7 @@ def full(B: int, L: int, S: int, device: str) -> Selection:
     return Selection(*(x.to(device) for x in random_selection("full", B, L, S, S, torch.Generator())))
 
 
-@pytest.fixture(autouse=True, params=("gather", "union"))
+@pytest.fixture(autouse=True, params=("gather", "union", "masked"))
 def method(request, monkeypatch):
     """Every test of this file holds for every kernel."""
     monkeypatch.setattr(gsa_fast.attention, "choose_method", lambda **shape: request.param)
