@@ -8,7 +8,7 @@ from torch import Tensor
 
 import gsa_ref
 from gsa_fast._backend import no_backward, per_sequence, use_triton
-from gsa_fast.attention.choice import choose_method, explain_choice
+from gsa_fast.attention.choice import Choice, choose_method, explain_choice
 from gsa_fast.attention.gather import attend_selections
 from gsa_fast.attention.masked import attend_masked_tiles
 from gsa_fast.attention.union import attend_unions
@@ -16,7 +16,7 @@ from gsa_fast.gates import apply_gate
 from gsa_ref import Selection
 from gsa_ref._arguments import check_attention_arguments
 
-__all__ = ["explain_choice", "sparse_attention"]
+__all__ = ["Choice", "explain_choice", "sparse_attention"]
 
 METHODS = {"gather": attend_selections, "union": attend_unions, "masked": attend_masked_tiles}
 

@@ -12,8 +12,9 @@ import triton.language as tl
 from torch import Tensor
 
 from gsa_fast.attention.bits import (
-    any_head,
+    BLOCK_BROKEN,
     attend_nonfinite_rows,
+    end_of_broken,
     rows_per_chunk,
     visible_words,
     words_of,
@@ -30,7 +31,7 @@ from gsa_fast.attention.rows import (
 )
 
 TILE_ROWS = 128  # fills the matrix units of two warp groups; half of it for wide heads
-BLOCK_WORDS = 64  # words of the bit masks that a program of `key_blocks_kernel` looks at at a time
+BLOCKS_AT_A_TIME = 16  # blocks of keys that a program of `key_blocks_kernel` decides on at a time
 
 
 @triton.jit
@@ -43,7 +44,7 @@ def key_blocks_kernel(
     pid = tl.program_id(0).to(tl.int64)
     b = pid // tiles
     row = (pid % tiles) * QUERIES
-    n_words = visible_words(start_ptr, b, first_row, row, rows, S, QUERIES)
+    n_words = visible_words(start_ptr, b, first_row, row, rows, S, QUERIES, WORDS)
     p_bits = bits_ptr + (b * rows + row) * words
     size = 0
     for first in range(0, n_words, BLOCK_W):
@@ -91,7 +92,8 @@ def attend_masked(
     b_q = load_rows(q_ptr, b, t, head, c, q_mask, stride_qb, stride_ql, stride_qh, stride_qd)  # [BLOCK_M, BLOCK_D]
     p_k = k_ptr + b * stride_kb + h_kv * stride_kh
     p_v = v_ptr + b * stride_vb + h_kv * stride_vh
-    p_bits = bits_ptr + (b * rows + tl.minimum(row, rows - 1)) * words  # [BLOCK_M]
+    p_bits = bits_ptr + b * rows * words
+    row_bits = tl.minimum(row, rows - 1).to(tl.int32) * words  # [BLOCK_M]; a chunk has fewer than 2^31 words
     p_blocks = blocks_ptr + tile * capacity
     bit = tl.full([BLOCK_N], 1, tl.int32) << (n % 32)
 
@@ -104,9 +106,9 @@ def attend_masked(
         next_block = tl.load(p_blocks + i + 1)  # known an iteration ahead, so that its keys can be on their way
         # Positions past the end have no bit in any selection: any legal position may stand in for them.
         s = tl.minimum(block * BLOCK_N + n, S - 1).to(tl.int64)  # [BLOCK_N]
-        word = tl.load(p_bits + block * (BLOCK_N // 32))[:, None]  # [BLOCK_M, 1]
+        word = tl.load(p_bits + row_bits + block * (BLOCK_N // 32))[:, None]  # [BLOCK_M, 1]
         if BLOCK_N == 64:
-            second = tl.load(p_bits + block * (BLOCK_N // 32) + 1)[:, None]
+            second = tl.load(p_bits + row_bits + block * (BLOCK_N // 32) + 1)[:, None]
             word = tl.where((n < 32)[None, :], word, second)
         selected = (word & bit[None, :]) != 0  # [BLOCK_M, BLOCK_N]
         b_k = load_keys(p_k + s * stride_ks, c, stride_kd, d_h, BLOCK_D)  # [BLOCK_N, BLOCK_D]
@@ -170,27 +172,28 @@ def masked_repair_kernel(
     stride_kb, stride_ks, stride_kh, stride_kd,
     stride_vb, stride_vs, stride_vh, stride_vd,
     stride_gb, stride_gl, stride_gh, stride_gd,
-    first_row, rows, L, S, H_kv, tiles, words, capacity, scale_log2,
+    first_row, rows, L, S, H_kv, tiles, n_tiles, words, capacity, scale_log2,
     QUERIES: tl.constexpr, GROUP: tl.constexpr, d_h: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_H: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_I: tl.constexpr,
     OUTPUT_GATE: tl.constexpr,
 ):  # fmt: skip
-    """One program per tile: the heads whose result is not finite, once more, without what made it so."""
-    tile = tl.program_id(0).to(tl.int64)
-    if any_head(broken_ptr, tile, H_kv, BLOCK_H):
-        for h in range(H_kv):
-            if tl.load(broken_ptr + tile * H_kv + h) != 0:
-                attend_masked(
-                    tile, tl.cast(h, tl.int64),
-                    q_ptr, k_ptr, v_ptr, bits_ptr, blocks_ptr, sizes_ptr, occupied_ptr,
-                    gate_ptr, out_ptr, lse_ptr, broken_ptr, nonfinite_ptr,
-                    stride_qb, stride_ql, stride_qh, stride_qd,
-                    stride_kb, stride_ks, stride_kh, stride_kd,
-                    stride_vb, stride_vs, stride_vh, stride_vd,
-                    stride_gb, stride_gl, stride_gh, stride_gd,
-                    first_row, rows, L, S, H_kv, tiles, words, capacity, scale_log2,
-                    QUERIES, GROUP, d_h, BLOCK_M, BLOCK_N, BLOCK_D, OUTPUT_GATE, True,
-                )  # fmt: skip
+    """One program per BLOCK_I pairs of a tile and a head: those whose result is not finite, once more, without what
+    made it so.
+    """
+    first = tl.program_id(0).to(tl.int64) * BLOCK_I
+    for i in range(first, end_of_broken(broken_ptr, first, n_tiles * H_kv, BLOCK_I)):
+        if tl.load(broken_ptr + i) != 0:
+            attend_masked(
+                i // H_kv, i % H_kv,
+                q_ptr, k_ptr, v_ptr, bits_ptr, blocks_ptr, sizes_ptr, occupied_ptr,
+                gate_ptr, out_ptr, lse_ptr, broken_ptr, nonfinite_ptr,
+                stride_qb, stride_ql, stride_qh, stride_qd,
+                stride_kb, stride_ks, stride_kh, stride_kd,
+                stride_vb, stride_vs, stride_vh, stride_vd,
+                stride_gb, stride_gl, stride_gh, stride_gd,
+                first_row, rows, L, S, H_kv, tiles, words, capacity, scale_log2,
+                QUERIES, GROUP, d_h, BLOCK_M, BLOCK_N, BLOCK_D, OUTPUT_GATE, True,
+            )  # fmt: skip
 
 
 def attend_masked_tiles(
@@ -230,18 +233,18 @@ def attend_masked_tiles(
     for first_row in range(0, L, chunk_rows):
         rows = min(chunk_rows, L - first_row)
         tiles = triton.cdiv(rows, queries)
-        write_selection_bits(indices, counts, start, bits, occupied, first_row, rows, S, queries)
+        write_selection_bits(indices, counts, start, bits, occupied, first_row, rows, S, queries, block_n // 32)
         key_blocks_kernel[(B * tiles,)](
             bits, start, blocks, sizes, first_row, rows, words, tiles, capacity, S,
-            QUERIES=queries, BLOCK_W=BLOCK_WORDS, WORDS=block_n // 32,
+            QUERIES=queries, BLOCK_W=BLOCKS_AT_A_TIME * (block_n // 32), WORDS=block_n // 32,
         )  # fmt: skip
         masked_attention_kernel[(B * tiles * H_kv,)](
             *tensors, *strides, first_row, rows, L, S, H_kv, tiles, B * tiles, words, capacity, scale * LOG2_E,
             **constants, num_warps=num_warps, num_stages=3,
         )  # fmt: skip
-        masked_repair_kernel[(B * tiles,)](
-            *tensors, *strides, first_row, rows, L, S, H_kv, tiles, words, capacity, scale * LOG2_E,
-            **constants, BLOCK_H=16, num_warps=num_warps, num_stages=1,
+        masked_repair_kernel[(triton.cdiv(B * tiles * H_kv, BLOCK_BROKEN),)](
+            *tensors, *strides, first_row, rows, L, S, H_kv, tiles, B * tiles, words, capacity, scale * LOG2_E,
+            **constants, BLOCK_I=BLOCK_BROKEN, num_warps=num_warps, num_stages=1,
         )  # fmt: skip
         attend_nonfinite_rows(
             q, k, v, indices, counts, start, gate, scale, out, lse, broken, nonfinite,

@@ -13,8 +13,9 @@ from torch import Tensor
 
 from gsa_fast._primitives import popcount
 from gsa_fast.attention.bits import (
-    any_head,
+    BLOCK_BROKEN,
     attend_nonfinite_rows,
+    end_of_broken,
     rows_per_chunk,
     visible_words,
     words_of,
@@ -31,8 +32,8 @@ from gsa_fast.attention.rows import (
 )
 
 TILE_ROWS = 64  # more rows: fewer gathers, but a larger union for each
-BLOCK_WORDS = 64  # words of the bit masks that a program of `union_kernel` expands at a time
-BLOCK_MEMBERS = 512  # positions of a union for which it looks up the members at a time
+BLOCK_WORDS = 32  # words of the bit masks that a program of `union_kernel` expands at a time
+BLOCK_MEMBERS = 256  # positions of a union for which it looks up the members at a time
 
 
 @triton.jit
@@ -49,7 +50,7 @@ def union_kernel(
     pid = tl.program_id(0).to(tl.int64)
     b = pid // tiles
     row = (pid % tiles) * QUERIES
-    n_words = visible_words(start_ptr, b, first_row, row, rows, S, QUERIES)
+    n_words = visible_words(start_ptr, b, first_row, row, rows, S, QUERIES, 1)
     p_bits = bits_ptr + (b * rows + row) * words
     p_positions = positions_ptr + pid * capacity
     p_members = members_ptr + pid * capacity
@@ -130,14 +131,14 @@ def attend_union(
         n = first + tl.arange(0, BLOCK_N)
         s = tl.load(p_positions + n).to(tl.int64)  # [BLOCK_N]
         member = tl.load(p_members + n)  # [BLOCK_N]
-        selected = (member[None, :] & bit[:, None]) != 0  # [BLOCK_M, BLOCK_N]
         b_k = load_keys(p_k + s * stride_ks, c, stride_kd, d_h, BLOCK_D)  # [BLOCK_N, BLOCK_D]
+        logits = scale_log2 * tl.dot(b_q, tl.trans(b_k), input_precision="ieee")  # [BLOCK_M, BLOCK_N]
+        selected = (member[None, :] & bit[:, None]) != 0  # [BLOCK_M, BLOCK_N]
         if REPAIR:
             b_v, bad = load_finite(p_v + s * stride_vs, c, stride_vd, d_h)
             nonfinite = nonfinite | tl.max(tl.where(selected, bad[None, :], 0), axis=1)
         else:
             b_v = load_keys(p_v + s * stride_vs, c, stride_vd, d_h, BLOCK_D)
-        logits = scale_log2 * tl.dot(b_q, tl.trans(b_k), input_precision="ieee")  # [BLOCK_M, BLOCK_N]
         logits = tl.where(selected, logits, float("-inf"))
         m, l, acc = online_softmax_update(m, l, acc, logits, b_v)
 
@@ -191,27 +192,28 @@ def union_repair_kernel(
     stride_kb, stride_ks, stride_kh, stride_kd,
     stride_vb, stride_vs, stride_vh, stride_vd,
     stride_gb, stride_gl, stride_gh, stride_gd,
-    first_row, rows, L, H_kv, tiles, capacity, scale_log2,
+    first_row, rows, L, H_kv, tiles, n_tiles, capacity, scale_log2,
     QUERIES: tl.constexpr, GROUP: tl.constexpr, d_h: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_H: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_I: tl.constexpr,
     OUTPUT_GATE: tl.constexpr,
 ):  # fmt: skip
-    """One program per tile: the heads whose result is not finite, once more, without what made it so."""
-    tile = tl.program_id(0).to(tl.int64)
-    if any_head(broken_ptr, tile, H_kv, BLOCK_H):
-        for h in range(H_kv):
-            if tl.load(broken_ptr + tile * H_kv + h) != 0:
-                attend_union(
-                    tile, tl.cast(h, tl.int64),
-                    q_ptr, k_ptr, v_ptr, positions_ptr, members_ptr, sizes_ptr, occupied_ptr,
-                    gate_ptr, out_ptr, lse_ptr, broken_ptr, nonfinite_ptr,
-                    stride_qb, stride_ql, stride_qh, stride_qd,
-                    stride_kb, stride_ks, stride_kh, stride_kd,
-                    stride_vb, stride_vs, stride_vh, stride_vd,
-                    stride_gb, stride_gl, stride_gh, stride_gd,
-                    first_row, rows, L, H_kv, tiles, capacity, scale_log2,
-                    QUERIES, GROUP, d_h, BLOCK_M, BLOCK_N, BLOCK_D, OUTPUT_GATE, True,
-                )  # fmt: skip
+    """One program per BLOCK_I pairs of a tile and a head: those whose result is not finite, once more, without what
+    made it so.
+    """
+    first = tl.program_id(0).to(tl.int64) * BLOCK_I
+    for i in range(first, end_of_broken(broken_ptr, first, n_tiles * H_kv, BLOCK_I)):
+        if tl.load(broken_ptr + i) != 0:
+            attend_union(
+                i // H_kv, i % H_kv,
+                q_ptr, k_ptr, v_ptr, positions_ptr, members_ptr, sizes_ptr, occupied_ptr,
+                gate_ptr, out_ptr, lse_ptr, broken_ptr, nonfinite_ptr,
+                stride_qb, stride_ql, stride_qh, stride_qd,
+                stride_kb, stride_ks, stride_kh, stride_kd,
+                stride_vb, stride_vs, stride_vh, stride_vd,
+                stride_gb, stride_gl, stride_gh, stride_gd,
+                first_row, rows, L, H_kv, tiles, capacity, scale_log2,
+                QUERIES, GROUP, d_h, BLOCK_M, BLOCK_N, BLOCK_D, OUTPUT_GATE, True,
+            )  # fmt: skip
 
 
 def attend_unions(
@@ -261,9 +263,9 @@ def attend_unions(
             *tensors, *strides, first_row, rows, L, H_kv, tiles, B * tiles, capacity, scale * LOG2_E,
             **constants, num_warps=num_warps, num_stages=pipeline_stages(block_n, block_d, q.dtype),
         )  # fmt: skip
-        union_repair_kernel[(B * tiles,)](
-            *tensors, *strides, first_row, rows, L, H_kv, tiles, capacity, scale * LOG2_E,
-            **constants, BLOCK_H=16, num_warps=num_warps, num_stages=1,
+        union_repair_kernel[(triton.cdiv(B * tiles * H_kv, BLOCK_BROKEN),)](
+            *tensors, *strides, first_row, rows, L, H_kv, tiles, B * tiles, capacity, scale * LOG2_E,
+            **constants, BLOCK_I=BLOCK_BROKEN, num_warps=num_warps, num_stages=1,
         )  # fmt: skip
         attend_nonfinite_rows(
             q, k, v, indices, counts, start, gate, scale, out, lse, broken, nonfinite,
