@@ -7,7 +7,7 @@ from unittest import mock
 
 import torch
 
-from gsa_fast import budget, indexer, selection
+from gsa_fast import attention, budget, indexer, selection
 from gsa_fast._backend import INTERPRETED
 from gsa_fast.attention import bits, gather, masked, union
 
@@ -34,6 +34,13 @@ def poisoned_memory() -> Iterator[None]:
 
 
 @contextmanager
+def attention_method(method: str) -> Iterator[None]:
+    """Serve every shape of `sparse_attention` with one of its kernels."""
+    with mock.patch.object(attention, "choose_method", return_value=method):
+        yield
+
+
+@contextmanager
 def small_tiles(width: int = 16) -> Iterator[None]:
     """Launch with tiles of `width` and small chunks: the tiny shapes that an interpreter affords then span several."""
     with ExitStack() as stack:
@@ -46,12 +53,13 @@ def small_tiles(width: int = 16) -> Iterator[None]:
             (selection, "CHUNK_BYTES", 80 * width),
             (gather, "block_k", lambda block_d, dtype: width),
             (bits, "CHUNK_BYTES", 80 * width),
+            *((module, "BLOCK_BROKEN", 2) for module in (bits, masked, union)),
             (union, "TILE_ROWS", width // 2),
             (union, "BLOCK_WORDS", 1),
             (union, "BLOCK_MEMBERS", width // 2),
             (masked, "TILE_ROWS", width // 2),
-            (masked, "BLOCK_WORDS", 2),
-            (masked, "keys_per_block", lambda block_d, dtype: 32),
+            (masked, "BLOCKS_AT_A_TIME", 1),
+            (masked, "keys_per_block", lambda block_d, dtype: 128 // dtype.itemsize),
             (union, "keys_per_block", lambda block_d, dtype: width),
         ):
             stack.enter_context(mock.patch.object(module, name, value))
