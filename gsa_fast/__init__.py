@@ -8,7 +8,7 @@ try:
 except ImportError as error:
     raise ImportError("gsa_fast needs Triton, which exists for Linux: use gsa_ref, the reference, here") from error
 
-from gsa_fast.attention import sparse_attention
+from gsa_fast.attention import explain_choice, sparse_attention
 from gsa_fast.budget import score_variance, token_budget
 from gsa_fast.gates import apply_gate
 from gsa_fast.indexer import indexer_scores
@@ -23,6 +23,7 @@ __all__ = [
     "GatedSparseAttention",
     "Selection",
     "apply_gate",
+    "explain_choice",
     "indexed_selection",
     "indexer_scores",
     "score_variance",

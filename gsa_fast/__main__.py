@@ -22,11 +22,11 @@ from gsa_ref.cases import Case
 # Cases per stem. The interpreter runs a program in milliseconds, so selections and whole layers get fewer there.
 GPU_EXAMPLES, GPU_QUICK_EXAMPLES = 40, 6
 INTERPRETER_EXAMPLES = {
-    "indexer": 200, "budget": 100, "gates": 200, "attention": 100, "selection": 40, "indexed_selection": 30,
+    "indexer": 200, "budget": 100, "gates": 200, "attention": 60, "selection": 40, "indexed_selection": 30,
     "layer": 30,
 }  # fmt: skip
 INTERPRETER_QUICK_EXAMPLES = {
-    "indexer": 30, "budget": 15, "selection": 8, "indexed_selection": 6, "attention": 15, "gates": 30, "layer": 5,
+    "indexer": 30, "budget": 15, "selection": 8, "indexed_selection": 6, "attention": 8, "gates": 30, "layer": 5,
 }  # fmt: skip
 
 

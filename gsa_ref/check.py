@@ -224,10 +224,11 @@ def attention_tolerance(
 ) -> tuple[np.ndarray, np.ndarray]:
     """How far sparse attention in `dtype` with float32 accumulation may lie from exact arithmetic: for o and for lse.
 
-    With logits within Δ = γ_{d_h+2}·Σ|q||k|/√d_h of exact, every weight exp(x − m) has relative error at most
+    With logits within Δ = γ_{d_h+2}·Σ|q||k|/√d_h of exact (d_h for the dot, one for the scale, which may include log₂ e
+    for weights 2^x, and one for the product), every weight exp(x − m) has relative error at most
     ρ = e^{2Δ} − 1 + (tiles + 2)(6 + R)u₃₂ + γ_n, R the range of the logits (exp multiplies the rounding of its argument
     by its size, once per tile that rescales). Weights are rounded to `dtype` before they meet v:
-    |Δo| ≤ (2ρ + u)·Σ p|v| + u|o| + n·(smallest subnormal)·max|v|, and |Δlse| ≤ Δ + ρ + u₃₂|lse|.
+    |Δo| ≤ (2ρ + u)·Σ p|v| + u|o| + n·(smallest subnormal)·max|v|, and |Δlse| ≤ Δ + ρ + 4u₃₂·max(|lse|, 1).
 
     Args:
         q: [L, H, d_h].

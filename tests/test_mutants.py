@@ -21,6 +21,9 @@ SAMPLE = [
     "fully masked first tile",
     "interleaved",
     "value gate forgotten",
+    "members not asked",
+    "union repair forgets",
+    "bits of the neighbouring row",
     "gate read with the strides",
 ]
 

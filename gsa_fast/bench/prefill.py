@@ -17,7 +17,6 @@ from triton import TritonError
 import gsa_fast
 from gsa_fast._backend import INTERPRETED
 from gsa_fast.bench import patterns, records, rooflines
-from gsa_fast.bench._choice import explain_choice
 from gsa_fast.bench.rooflines import Ceilings, Work
 from gsa_fast.bench.timing import SECONDS, Timing, first_line, measure, measure_ceilings
 from gsa_ref import GSAConfig, Selection
@@ -252,7 +251,7 @@ def prepare(case: Case, inputs: Inputs) -> Prepared:
         "p_eff": patterns.effective_fraction(of_16.union_over_k),
         "tile_rows": rows,
         "tile_union_over_k": of_tile.union_over_k,
-        "method": explain_choice(
+        "method": gsa_fast.explain_choice(
             L=L, S=L, K=pattern.indices.shape[-1], H=c.H, H_kv=c.H_kv, d_h=c.d_h, dtype=inputs.dtype
         ).method,
     }

@@ -4,6 +4,7 @@ Up to `ALL_ROWS` queries every row is compared, above that a sample with both en
 written to be read, not to be fast.
 """
 
+import dataclasses
 import random
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
@@ -16,7 +17,8 @@ from torch import Tensor
 
 import gsa_fast
 import gsa_ref
-from gsa_fast.verification.interpreter import poisoned_memory
+from gsa_fast.attention import METHODS
+from gsa_fast.verification.interpreter import attention_method, poisoned_memory
 from gsa_ref import Selection, cases, equations
 from gsa_ref.check import (
     Verdict,
@@ -210,11 +212,17 @@ def indexed_selection_verdicts(
 
 
 def check_attention(case: cases.AttentionCase, device: str) -> Iterator[Verdict]:
-    """Output and lse within twice the error of the reference in the same dtype (and 8u·max|v'|), or proven bounds."""
+    """Output and lse of every kernel within twice the error of the reference in the same dtype (and 8u·max|v'|).
+
+    Or within proven bounds. And values that are not finite reach exactly the queries that selected them.
+    """
     arguments = case.arguments(device)
-    with poisoned_memory():
-        out, lse = gsa_fast.sparse_attention(**arguments, impl="triton")
-    dtype = out.dtype
+    results = []
+    for method in METHODS:
+        with poisoned_memory(), attention_method(method):
+            results.append(gsa_fast.sparse_attention(**arguments, impl="triton"))
+    yield from nonfinite_verdicts(arguments, results, case.seed % case.B, case.seed % case.S)
+    dtype = results[0][0].dtype
     q, k, v, selection = (arguments[name] for name in ("q", "k", "v", "selection"))
     value_gate, output_gate = arguments["value_gate_logits"], arguments["output_gate_logits"]
     for b in range(case.B):
@@ -243,10 +251,48 @@ def check_attention(case: cases.AttentionCase, device: str) -> Iterator[Verdict]
                 value_gate_logits=None if value_gate is None else value_gate[b : b + 1],
                 output_gate_logits=gate,
             )
-            yield error_budget(numpy(out[b, rows]), numpy(baseline[0]), gold, dtype, tolerance=tolerance, cap=cap)
-            yield error_budget(
-                numpy(lse[b, rows]), numpy(baseline_lse[0]), gold_lse, torch.float32, tolerance=lse_tolerance
-            )
+            for method, (out, lse) in zip(METHODS, results, strict=True):
+                yield _of_method(
+                    method,
+                    error_budget(numpy(out[b, rows]), numpy(baseline[0]), gold, dtype, tolerance=tolerance, cap=cap),
+                )
+                yield _of_method(
+                    method,
+                    error_budget(
+                        numpy(lse[b, rows]), numpy(baseline_lse[0]), gold_lse, torch.float32, tolerance=lse_tolerance
+                    ),
+                )
+
+
+def nonfinite_verdicts(
+    arguments: dict[str, Any], results: list[tuple[Tensor, Tensor]], b: int, s: int
+) -> Iterator[Verdict]:
+    """With ∞ in one channel of value [b, s], and NaN in another of its neighbour, who selected what is what shows.
+
+    Outputs are not finite in these channels of the queries that selected them, and nowhere else; queries that selected
+    neither see no difference, not in a single bit.
+    """
+    v, (indices, counts) = arguments["v"].clone(), arguments["selection"]
+    S, out = v.shape[1], results[0][0]
+    slot = torch.arange(indices.shape[-1], device=v.device)
+    position = torch.arange(out.shape[1], device=v.device) + S - out.shape[1]
+    finite = torch.ones_like(out, dtype=torch.bool)
+    for poisoned, channel, value in ((s, 0, torch.inf), ((s + 1) % S, -1, torch.nan)):
+        v[b, poisoned, :, channel] = value
+        hit = ((indices[b] == poisoned) & (slot < counts[b, :, None])).any(-1) & (position >= poisoned)
+        finite[b, hit, :, channel] = False
+    untouched = finite.all(-1)
+    for method, (out, lse) in zip(METHODS, results, strict=True):
+        with poisoned_memory(), attention_method(method):
+            poisoned_out, poisoned_lse = gsa_fast.sparse_attention(**{**arguments, "v": v}, impl="triton")
+        different = (poisoned_out.isfinite() != finite) | (untouched[..., None] & (poisoned_out != out))
+        n = int(different.sum()) + int((untouched & (poisoned_lse != lse)).sum())
+        yield _of_method(method, Verdict(n == 0, float(n), 0.0, f"∞ and NaN from v[{b}, {s}] on: {n} numbers wrong"))
+
+
+def _of_method(method: str, verdict: Verdict) -> Verdict:
+    """The verdict, and if it is negative, whose it is."""
+    return verdict if verdict else dataclasses.replace(verdict, detail=f"{method}: {verdict.detail}")
 
 
 def filled(selection: Selection, start: int, n_keys: int) -> list[np.ndarray]:

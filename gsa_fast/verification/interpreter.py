@@ -9,6 +9,7 @@ import torch
 
 from gsa_fast import attention, budget, indexer, selection
 from gsa_fast._backend import INTERPRETED
+from gsa_fast.attention import bits, gather, masked, union
 from gsa_fast.selection import streamed
 
 
@@ -34,6 +35,13 @@ def poisoned_memory() -> Iterator[None]:
 
 
 @contextmanager
+def attention_method(method: str) -> Iterator[None]:
+    """Serve every shape of `sparse_attention` with one of its kernels."""
+    with mock.patch.object(attention, "choose_method", return_value=method):
+        yield
+
+
+@contextmanager
 def small_tiles(width: int = 16) -> Iterator[None]:
     """Launch with tiles of `width` and small chunks: the tiny shapes that an interpreter affords then span several."""
     with ExitStack() as stack:
@@ -54,7 +62,16 @@ def small_tiles(width: int = 16) -> Iterator[None]:
             (streamed, "CHUNK_BYTES", 512 * width),
             (streamed, "SAMPLE_BYTES", 16 * width),
             (streamed, "Z", 0.5),  # some shortlists turn out too short
-            (attention, "block_k", lambda block_d, dtype: width),
+            (gather, "block_k", lambda block_d, dtype: width),
+            (bits, "CHUNK_BYTES", 80 * width),
+            *((module, "BLOCK_BROKEN", 2) for module in (bits, masked, union)),
+            (union, "TILE_ROWS", width // 2),
+            (union, "BLOCK_WORDS", 1),
+            (union, "BLOCK_MEMBERS", width // 2),
+            (masked, "TILE_ROWS", width // 2),
+            (masked, "BLOCKS_AT_A_TIME", 1),
+            (masked, "keys_per_block", lambda block_d, dtype: 128 // dtype.itemsize),
+            (union, "keys_per_block", lambda block_d, dtype: width),
         ):
             stack.enter_context(mock.patch.object(module, name, value))
         yield

@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+from contextlib import nullcontext
 from typing import Any
 
 import numpy as np
@@ -13,7 +14,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 import gsa_fast
 from gsa_fast.verification.checks import filled, numpy
-from gsa_fast.verification.interpreter import small_tiles
+from gsa_fast.verification.interpreter import attention_method, small_tiles
 from gsa_ref import Selection, equations
 from gsa_ref.cases import AttentionCase, Limits, attention_cases, random_selection
 from gsa_ref.check import attention_tolerance, error_budget, gamma, unit_roundoff
@@ -88,27 +89,41 @@ def full(B: int, L: int, S: int, device: str) -> Selection:
     return Selection(*(x.to(device) for x in random_selection("full", B, L, S, S, torch.Generator())))
 
 
+METHODS = tuple(gsa_fast.attention.METHODS)
+# The check behind `verify` goes through all kernels by itself.
+all_methods = pytest.mark.parametrize("method", ["all"], indirect=True)
+
+
+@pytest.fixture(autouse=True, params=METHODS)
+def method(request):
+    """Every test of this file holds for every kernel."""
+    with attention_method(request.param) if request.param != "all" else nullcontext():
+        yield request.param
+
+
 # --- against the equations ----------------------------------------------------------------------------------------
 
 
+@all_methods
 @pytest.mark.usefixtures("bf16")
 @pytest.mark.parametrize("dtype", DTYPES)
-@examples(20)
+@examples(4)
 @given(data=st.data())
 def test_attention_kernel_stays_in_its_error_budget(dtype, data, device):
     assert_in_budget(data.draw(attention_cases(dtype, SMALL)), device)
 
 
+@all_methods
 @pytest.mark.usefixtures("bf16")
 @pytest.mark.parametrize("dtype", DTYPES)
-@examples(12)
+@examples(3)
 @given(data=st.data())
 def test_attention_kernel_stays_in_its_error_budget_over_several_tiles(dtype, data, device):
     with small_tiles():
         assert_in_budget(wide(data.draw(attention_cases(dtype, LONG_ROWS))), device)
 
 
-@examples(10)
+@examples(3)
 @given(PLAIN32, st.floats(0.01, 2))
 def test_scale_is_a_factor_on_the_logits(device, case, scale):
     arguments = case.arguments(device)
@@ -118,7 +133,7 @@ def test_scale_is_a_factor_on_the_logits(device, case, scale):
     assert close(lse, gold_lse, lse_tolerance)
 
 
-@examples(10)
+@examples(3)
 @given(PLAIN32, st.data())
 def test_every_sequence_has_its_own_start(device, case, data):
     starts = data.draw(st.lists(st.integers(0, case.S), min_size=case.B, max_size=case.B))
@@ -137,7 +152,7 @@ def test_every_sequence_has_its_own_start(device, case, data):
 # --- properties ---------------------------------------------------------------------------------------------------
 
 
-@examples(12)
+@examples(3)
 @given(LONG32)
 def test_a_budget_of_everything_equals_dense_causal_attention(device, case):
     """Property 30, against PyTorch's own SDPA."""
@@ -156,7 +171,7 @@ def test_a_budget_of_everything_equals_dense_causal_attention(device, case):
     assert verdict, verdict
 
 
-@examples(12)
+@examples(3)
 @given(PLAIN)
 def test_output_stays_inside_the_range_of_the_selected_values(device, case):
     """Property 31, per channel."""
@@ -169,7 +184,7 @@ def test_output_stays_inside_the_range_of_the_selected_values(device, case):
     assert ((low - tolerance <= out) & (out <= high + tolerance))[rows].all()
 
 
-@examples(12)
+@examples(3)
 @given(LONG32, st.sampled_from((-3.0, 0.7, 1.0)))
 def test_equal_values_come_out_unchanged(device, case, value):
     """Property 32: the probabilities of a row add up to 1."""
@@ -182,7 +197,7 @@ def test_equal_values_come_out_unchanged(device, case, value):
     assert ((out.double() - value).abs()[rows] <= gamma(2 * case.width + 16) * abs(value)).all()
 
 
-@examples(12)
+@examples(3)
 @given(PLAIN, st.sampled_from((-2.0, 4.0)))
 def test_a_factor_on_q_cancels_its_inverse_on_the_scale(device, case, a):
     """Property 34: bitwise, because a is a power of two."""
@@ -190,7 +205,7 @@ def test_a_factor_on_q_cancels_its_inverse_on_the_scale(device, case, a):
     assert same(attend(arguments, scale=0.25), attend(arguments, q=arguments["q"] * a, scale=0.25 / a))
 
 
-@examples(12)
+@examples(3)
 @given(LONG32, st.data())
 def test_two_parts_of_a_selection_merge_by_their_lse(device, case, data):
     """Property 35: o = Σ_i e^(lse_i − lse) o_i, the rule that split decoding relies on."""
@@ -220,7 +235,7 @@ def test_two_parts_of_a_selection_merge_by_their_lse(device, case, data):
     assert close(whole_lse, lse, lse_tolerance + whole_tolerance)
 
 
-@examples(12)
+@examples(3)
 @given(PLAIN32, st.sampled_from((-2.0, 0.5, 1.0)), st.sampled_from((-1.0, 0.25, 4.0)))
 def test_output_is_linear_in_the_values(device, case, a, b):
     """Property 36. Values are multiples of 2^−10, so that the mixture itself is exact."""
@@ -232,7 +247,7 @@ def test_output_is_linear_in_the_values(device, case, a, b):
     assert close(outs[2], a * outs[0] + b * outs[1], bounds[2] + abs(a) * bounds[0] + abs(b) * bounds[1])
 
 
-@examples(12)
+@examples(3)
 @given(ANY, st.sampled_from((math.nan, math.inf, -math.inf)))
 def test_nan_in_unselected_keys_and_values_changes_nothing(device, case, poison):
     """Property 37: bitwise."""
@@ -243,7 +258,7 @@ def test_nan_in_unselected_keys_and_values_changes_nothing(device, case, poison)
     assert same(attend(arguments), attend(arguments, **poisoned))
 
 
-@examples(12)
+@examples(3)
 @given(ANY, st.data(), st.sampled_from(("k", "v")))
 def test_nan_in_a_selected_key_or_value_reaches_exactly_the_queries_that_selected_it(device, case, data, name):
     """The other half of property 37."""
@@ -258,10 +273,15 @@ def test_nan_in_a_selected_key_or_value_reaches_exactly_the_queries_that_selecte
     hit = hit.to(device)
     assert out[hit].isnan().all()
     assert same(out[~hit], before[0][~hit])
-    assert same(lse, before[1]) if name == "v" else lse[hit].isnan().all() and same(lse[~hit], before[1][~hit])
+    assert same(lse[~hit], before[1][~hit])
+    if name == "k":
+        assert lse[hit].isnan().all()
+    else:  # a row that selected a NaN may be computed in another order
+        tolerance = gold(dataclasses.replace(case, value_gate=False).arguments(device))[3]
+        assert close(lse, numpy(before[1]), 2 * tolerance)
 
 
-@examples(12)
+@examples(3)
 @given(PLAIN)
 def test_grouped_heads_equal_repeated_key_value_heads(device, case):
     """Property 38: query head h reads key/value head ⌊h / group⌋."""
@@ -273,7 +293,7 @@ def test_grouped_heads_equal_repeated_key_value_heads(device, case):
     assert close(lse, numpy(expected_lse), 2 * lse_tolerance)
 
 
-@examples(12)
+@examples(3)
 @given(PLAIN, st.integers(0, 2**16))
 def test_one_slot_gives_that_value_and_its_logit(device, case, seed):
     """Property 39: the value exactly, because softmax of one number is 1. The slot may be the query's own position."""
@@ -288,7 +308,7 @@ def test_one_slot_gives_that_value_and_its_logit(device, case, seed):
     assert close(lse, *gold(arguments)[1::2])
 
 
-@examples(12)
+@examples(3)
 @given(ANY.map(lambda case: dataclasses.replace(case, pattern="empty")))
 def test_an_empty_row_gives_zero_and_minus_infinity(device, case):
     """Property 40: exactly, and nothing else gives it."""
@@ -299,7 +319,7 @@ def test_an_empty_row_gives_zero_and_minus_infinity(device, case):
     assert torch.equal(lse == -math.inf, empty[..., None].expand_as(lse))
 
 
-@examples(12)
+@examples(3)
 @given(PLAIN32)
 def test_a_shift_of_all_keys_leaves_the_output_and_shifts_lse(device, case):
     """Property 41: lse moves by scale·q·c. Keys and c are multiples of 2^−6, so that the sum is exact."""
@@ -314,7 +334,7 @@ def test_a_shift_of_all_keys_leaves_the_output_and_shifts_lse(device, case):
     assert close(after_lse, numpy(lse) + move, bounds[1] + shifted_bounds[1])
 
 
-@examples(10)
+@examples(3)
 @given(attention_cases("float32", LONG_ROWS).map(ungated).map(wide))
 def test_output_does_not_depend_on_the_tiles_it_is_computed_in(device, case):
     """Property 7."""
@@ -327,7 +347,7 @@ def test_output_does_not_depend_on_the_tiles_it_is_computed_in(device, case):
     assert close(tiled_lse, numpy(lse), 2 * lse_tolerance)
 
 
-@examples(12)
+@examples(3)
 @given(ANY.filter(lambda case: case.layout != "contiguous"))
 def test_strided_inputs_equal_contiguous_ones_bitwise(device, case):
     """Property 9."""
@@ -335,7 +355,7 @@ def test_strided_inputs_equal_contiguous_ones_bitwise(device, case):
     assert same(attend(arguments), attend(contiguous(arguments)))
 
 
-@examples(8)
+@examples(3)
 @given(ANY)
 def test_a_batch_slice_equals_the_sequence_alone_bitwise(device, case):
     """Property 6."""
@@ -345,7 +365,7 @@ def test_a_batch_slice_equals_the_sequence_alone_bitwise(device, case):
         assert same(attend(alone(arguments, b)), (out[b : b + 1], lse[b : b + 1]))
 
 
-@examples(8)
+@examples(3)
 @given(ANY, st.data())
 def test_future_perturbation_leaves_earlier_rows_bitwise_equal(device, case, data):
     """Property 5."""
@@ -361,7 +381,7 @@ def test_future_perturbation_leaves_earlier_rows_bitwise_equal(device, case, dat
     assert same([x[:, :t] for x in before], [x[:, :t] for x in after])
 
 
-@examples(6)
+@examples(2)
 @given(ANY)
 def test_reruns_are_bitwise_equal(device, case):
     """Property 57."""
@@ -372,7 +392,7 @@ def test_reruns_are_bitwise_equal(device, case):
 # --- empty slots --------------------------------------------------------------------------------------------------
 
 
-@examples(12)
+@examples(3)
 @given(PLAIN.map(lambda case: dataclasses.replace(case, pattern="holes")))
 def test_minus_one_and_future_positions_inside_the_prefix_are_empty_slots(device, case):
     """The selection without them gives the same; a kernel that stops at the first −1 loses the slots behind it."""
@@ -415,7 +435,7 @@ def test_whole_tiles_may_be_empty_before_and_after_a_legal_slot(slots, device):
     assert not out[0, :2].any()
 
 
-@examples(8)
+@examples(3)
 @given(ANY, st.integers(-5, 60))
 def test_slots_at_or_past_the_count_are_ignored_whatever_they_hold(device, case, junk):
     arguments = case.arguments(device)
@@ -441,6 +461,132 @@ def test_duplicates_are_found_by_validate(device):
     selection = Selection(int32([[[0, 1, 1]]], device), int32([[3]], device))
     with pytest.raises(ValueError, match="no duplicates"):
         selection.validate()
+
+
+# --- tiles of several queries -----------------------------------------------------------------------------------------
+
+
+@all_methods
+@pytest.mark.parametrize(
+    ("group", "small"),
+    [(3, False), (3, True), (5, False), (5, True), (6, False), (7, False), (33, True), (70, False), (130, False)],
+)
+def test_groups_that_do_not_divide_a_tile(group, small, device):
+    """Tiles with rows to spare, and groups of more heads than a tile has rows."""
+    case = AttentionCase(
+        B=1, L=5, S=11, H_kv=2, group=group, d_h=8, width=4, pattern="random", value_gate=False, output_gate=True,
+        dtype="float32", values="normal", layout="contiguous", seed=group,
+    )  # fmt: skip
+    with small_tiles() if small else nullcontext():
+        assert_in_budget(case, device)
+
+
+@pytest.mark.parametrize("poison", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("name", ["k", "v"])
+def test_a_query_never_notices_what_only_its_neighbour_selected(name, poison, device):
+    """Bitwise, for queries that surely share a tile; with an empty row between them."""
+    g = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(1, 4, 2, 8, generator=g).to(device) for _ in range(3))
+    selection = Selection(int32([[[0, -1], [-1, -1], [0, 1], [0, 2]]], device), int32([[1, 0, 2, 2]], device))
+    arguments = {"q": q, "k": k, "v": v, "selection": selection, "start": 0}
+    out, lse = attend(arguments)
+    poisoned = arguments[name].clone()
+    poisoned[:, 1, 0] = poison  # of one head: the other one is not touched
+    changed, changed_lse = attend(arguments, **{name: poisoned})
+    assert same(changed[:, [0, 1, 3]], out[:, [0, 1, 3]])
+    assert same(changed_lse[:, [0, 1, 3]], lse[:, [0, 1, 3]])
+    assert same(changed[:, 2, 1], out[:, 2, 1])
+    if name == "v":
+        assert same(changed[0, 2, 0], torch.full_like(v[0, 0, 0], poison))
+        assert (changed_lse - lse)[0, 2].abs().max() <= 8 * unit_roundoff(torch.float32)
+
+
+def test_when_no_value_is_finite_only_empty_rows_are(device):
+    q = torch.ones(1, 3, 1, 2, device=device)
+    selection = Selection(int32([[[0], [-1], [2]]], device), int32([[1, 1, 1]], device))
+    out, lse = attend({"q": q, "k": q, "v": torch.full_like(q, math.nan), "selection": selection})
+    assert out[:, [0, 2]].isnan().all()
+    assert not out[:, 1].any()
+    assert lse.isneginf().flatten().tolist() == [False, True, False]
+
+
+def test_more_keys_than_one_block_of_words_holds(device):
+    """Positions at both ends of words, of blocks of words and of the row; the tile is cut off in the middle."""
+    S = 2100 if device == "cpu" else 70_000
+    slots = [0, 31, 32, 63, 64, 1023, 1024, S - 3, S - 2, S - 1]
+    selection = Selection(int32([[slots[t:] + [-1] * t for t in range(3)]], device), int32([[10, 9, 8]], device))
+    g = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(1, n, 1, 16, generator=g).to(device) for n in (3, S, S))
+    arguments = {"q": q, "k": k, "v": v, "selection": selection}
+    gold_out, gold_lse, out_tolerance, lse_tolerance = gold(arguments)
+    out, lse = attend(arguments)
+    assert close(out, gold_out, out_tolerance)
+    assert close(lse, gold_lse, lse_tolerance)
+
+
+def test_positions_that_a_neighbour_may_see_and_the_query_may_not(device):
+    """Slots in the future of one query are legal for the next one, in the same tile."""
+    g = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(1, 4, 1, 8, generator=g).to(device) for _ in range(3))
+    selection = Selection(int32([[[0, 1, 2, 3]] * 4], device), int32([[4] * 4], device))
+    arguments = {"q": q, "k": k, "v": v, "selection": selection}
+    assert same(attend(arguments), attend(arguments, selection=full(1, 4, 4, device)))
+
+
+# --- the choice -------------------------------------------------------------------------------------------------------
+
+SHAPE = {"L": 8192, "S": 131072, "K": 2048, "H": 32, "H_kv": 8, "d_h": 128}
+
+
+@all_methods
+@pytest.mark.parametrize(
+    ("changes", "method_chosen", "numbers"),
+    [
+        ({}, "union", ("131072", "8192")),
+        ({"L": 128}, "union", ("131072", "8192")),
+        ({"L": 127}, "gather", ("127", "128")),
+        ({"S": 8192}, "masked", ("8192", "8192")),
+        ({"S": 8193}, "union", ("8193", "8192")),
+        ({"K": 0, "S": 0}, "masked", ("0",)),
+        ({"dtype": torch.float32}, "gather", ("float32",)),
+        ({"dtype": torch.float16}, "union", ("131072",)),
+    ],
+)
+def test_the_choice_follows_from_the_shape_and_names_the_numbers_compared(changes, method_chosen, numbers):
+    choice = gsa_fast.explain_choice(**{**SHAPE, **changes})
+    assert choice.method == method_chosen
+    assert all(number in choice.reason for number in numbers)
+    assert tuple(choice) == (choice.method, choice.reason)
+
+
+@all_methods
+@pytest.mark.parametrize(("L", "K"), [(128, 40), (128, 8), (5, 8)])
+def test_the_kernel_that_runs_is_the_one_that_explain_choice_names(L, K, device, monkeypatch):
+    ran, dtype = [], torch.float16
+    for name in METHODS:
+        monkeypatch.setitem(gsa_fast.attention.METHODS, name, lambda *_, name=name: ran.append(name))
+    q, k = torch.zeros(1, L, 4, 8, device=device, dtype=dtype), torch.zeros(1, 128, 2, 8, device=device, dtype=dtype)
+    slots = torch.zeros(1, L, K, dtype=torch.int32, device=device)
+    attend({"q": q, "k": k, "v": k, "selection": Selection(slots, slots[..., 0].contiguous())})
+    assert ran == [gsa_fast.explain_choice(L=L, S=128, K=K, H=4, H_kv=2, d_h=8, dtype=dtype).method]
+
+
+@all_methods
+@pytest.mark.parametrize(
+    ("changes", "error", "message"),
+    [
+        ({"L": -1}, ValueError, "L: expected an int ≥ 0, got -1"),
+        ({"K": 2.0}, TypeError, "K: expected an int, got float 2.0"),
+        ({"S": True}, TypeError, "S: expected an int, got bool True"),
+        ({"d_h": 0}, ValueError, "d_h: expected an int ≥ 1, got 0"),
+        ({"H": 30}, ValueError, "H: expected a multiple of H_kv = 8, got 30"),
+        ({"dtype": torch.float64}, TypeError, "dtype: expected float32, float16 or bfloat16, got torch.float64"),
+        ({"dtype": "bf16"}, TypeError, "dtype: expected float32, float16 or bfloat16, got bf16"),
+    ],
+)
+def test_a_bad_shape_is_refused_by_name(changes, error, message):
+    with pytest.raises(error, match=message):
+        gsa_fast.explain_choice(**{**SHAPE, **changes})
 
 
 # --- numbers ------------------------------------------------------------------------------------------------------
@@ -518,16 +664,18 @@ def test_keys_and_values_may_be_views_of_one_projection(device):
     assert same(attend(arguments), attend(contiguous(arguments)))
 
 
-WIDE = {"q": (3, 3, 6, 3), "k": (3, 3, 3, 3), "v": (3, 3, 3, 3), "output_gate_logits": (3, 3, 6, 3)}
+WIDE = {"q": (3, 6, 3), "k": (3, 3, 3), "v": (3, 3, 3), "output_gate_logits": (3, 6, 3)}  # without the batch
 
 
 @pytest.mark.parametrize(("name", "axis"), [(name, axis) for name in WIDE for axis in range(4)])
 def test_strides_past_two_to_the_31_do_not_wrap(name, axis, device):
     """Offsets are 64-bit along every axis."""
     g = torch.Generator().manual_seed(axis)
-    arguments: dict[str, Any] = {n: torch.randn(s, generator=g).to(device, torch.float16) for n, s in WIDE.items()}
-    arguments["selection"] = full(3, 3, 3, device)
-    tensor = widely_strided(WIDE[name], axis, device).copy_(arguments[name])
+    B = 3 if axis == 0 else 1
+    shapes = {n: (B, *shape) for n, shape in WIDE.items()}
+    arguments: dict[str, Any] = {n: torch.randn(s, generator=g).to(device, torch.float16) for n, s in shapes.items()}
+    arguments["selection"] = full(B, 3, 3, device)
+    tensor = widely_strided(shapes[name], axis, device).copy_(arguments[name])
     assert same(attend(arguments, **{name: tensor}), attend(arguments))
 
 

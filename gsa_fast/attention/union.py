@@ -1,0 +1,288 @@
+"""Sparse attention by union tiles: neighbouring queries share the keys that they load.
+
+A tile is some consecutive queries times the heads of one group, up to TILE_ROWS rows. Their selections overlap, so the
+kernel visits the union of them once, with a bit per query that says who selected what: K and V are gathered once per
+tile, and the matrix units see full tiles. Launches per chunk of queries: selections to bit masks, bit masks to unions,
+attention over the unions, repair of the tiles that met a value that is not finite.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from gsa_fast._primitives import popcount
+from gsa_fast.attention.bits import (
+    BLOCK_BROKEN,
+    attend_nonfinite_rows,
+    end_of_broken,
+    rows_per_chunk,
+    visible_words,
+    words_of,
+    write_selection_bits,
+)
+from gsa_fast.attention.rows import (
+    LOG2_E,
+    is_nonfinite,
+    load_finite,
+    load_keys,
+    load_rows,
+    online_softmax_update,
+    store_rows,
+)
+
+TILE_ROWS = 64  # more rows: fewer gathers, but a larger union for each
+BLOCK_WORDS = 32  # words of the bit masks that a program of `union_kernel` expands at a time
+BLOCK_MEMBERS = 256  # positions of a union for which it looks up the members at a time
+
+
+@triton.jit
+def union_kernel(
+    bits_ptr, start_ptr, positions_ptr, members_ptr, sizes_ptr,
+    first_row, rows, words, tiles, capacity, S,
+    QUERIES: tl.constexpr, BLOCK_W: tl.constexpr, BLOCK_U: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """One program per tile: the ascending union of its queries' selections, and for each position a bit per query.
+
+    It is padded to a multiple of BLOCK_N with its own last position, which nobody selects there: attention then needs
+    no masks.
+    """
+    pid = tl.program_id(0).to(tl.int64)
+    b = pid // tiles
+    row = (pid % tiles) * QUERIES
+    n_words = visible_words(start_ptr, b, first_row, row, rows, S, QUERIES, 1)
+    p_bits = bits_ptr + (b * rows + row) * words
+    p_positions = positions_ptr + pid * capacity
+    p_members = members_ptr + pid * capacity
+    lane = tl.arange(0, 32)  # bit of a word
+    below = ~(tl.full([32], -1, tl.int32) << lane)  # the bits of lower positions
+    size = 0
+    largest = 0
+    for first in range(0, n_words, BLOCK_W):
+        w = first + tl.arange(0, BLOCK_W)
+        union = tl.zeros([BLOCK_W], tl.int32)
+        for i in tl.static_range(QUERIES):
+            union = union | tl.load(p_bits + i * words + w, mask=(w < n_words) & (row + i < rows), other=0)
+        in_word = popcount(union)  # [BLOCK_W]
+        before = size + tl.cumsum(in_word, axis=0) - in_word
+        slot = before[:, None] + popcount(union[:, None] & below[None, :])  # [BLOCK_W, 32]
+        taken = ((union[:, None] >> lane[None, :]) & 1) == 1
+        s = w[:, None] * 32 + lane[None, :]
+        tl.store(p_positions + slot, s, mask=taken)
+        largest = tl.maximum(largest, tl.max(tl.where(taken, s, 0)))
+        size += tl.sum(in_word, axis=0)
+    tl.debug_barrier()  # other threads read the positions that this one has written
+
+    for first in range(0, size, BLOCK_U):
+        slot = first + tl.arange(0, BLOCK_U)
+        s = tl.load(p_positions + slot, mask=slot < size, other=0)  # [BLOCK_U]
+        member = tl.zeros([BLOCK_U], tl.int32)
+        for i in tl.static_range(QUERIES):
+            bits = tl.load(p_bits + i * words + (s >> 5), mask=(slot < size) & (row + i < rows), other=0)
+            member = member | (((bits >> (s & 31)) & 1) << i)
+        tl.store(p_members + slot, member, mask=slot < size)
+    slot = size + tl.arange(0, BLOCK_N)
+    padding = slot < tl.cdiv(size, BLOCK_N) * BLOCK_N
+    tl.store(p_positions + slot, tl.zeros([BLOCK_N], tl.int32) + largest, mask=padding)
+    tl.store(p_members + slot, tl.zeros([BLOCK_N], tl.int32), mask=padding)
+    tl.store(sizes_ptr + pid, size)
+
+
+@triton.jit
+def attend_union(
+    tile, h_kv,
+    q_ptr, k_ptr, v_ptr, positions_ptr, members_ptr, sizes_ptr, occupied_ptr,
+    gate_ptr, out_ptr, lse_ptr, broken_ptr, nonfinite_ptr,
+    stride_qb, stride_ql, stride_qh, stride_qd,
+    stride_kb, stride_ks, stride_kh, stride_kd,
+    stride_vb, stride_vs, stride_vh, stride_vd,
+    stride_gb, stride_gl, stride_gh, stride_gd,
+    first_row, rows, L, H_kv, tiles, capacity, scale_log2,
+    QUERIES: tl.constexpr, GROUP: tl.constexpr, d_h: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+    OUTPUT_GATE: tl.constexpr, REPAIR: tl.constexpr,
+):  # fmt: skip
+    """The QUERIES × GROUP rows of one tile for one key/value head, over the tile's union.
+
+    With REPAIR, values of a position where one is not finite count as 0, and the rows that selected it are noted.
+    Without, whether the result is finite is noted.
+    """
+    b = tile // tiles
+    r = tl.arange(0, BLOCK_M)  # [BLOCK_M] row of the tile: query r // GROUP, head r % GROUP
+    query = r // GROUP
+    row = (tile % tiles) * QUERIES + query  # row of the chunk
+    keep = (query < QUERIES) & (row < rows)
+    t = first_row + row
+    head = h_kv * GROUP + r % GROUP
+    c = tl.arange(0, BLOCK_D).to(tl.int64)  # [BLOCK_D]
+    q_mask = keep[:, None] & (c < d_h)[None, :]
+    b_q = load_rows(q_ptr, b, t, head, c, q_mask, stride_qb, stride_ql, stride_qh, stride_qd)  # [BLOCK_M, BLOCK_D]
+    p_k = k_ptr + b * stride_kb + h_kv * stride_kh
+    p_v = v_ptr + b * stride_vb + h_kv * stride_vh
+    p_positions = positions_ptr + tile * capacity
+    p_members = members_ptr + tile * capacity
+    bit = tl.full([BLOCK_M], 1, tl.int32) << query
+
+    m = tl.full([BLOCK_M], float("-inf"), tl.float32)
+    l = tl.zeros([BLOCK_M], tl.float32)
+    acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+    nonfinite = tl.zeros([BLOCK_M], tl.int32)
+    for first in range(0, tl.load(sizes_ptr + tile), BLOCK_N):
+        n = first + tl.arange(0, BLOCK_N)
+        s = tl.load(p_positions + n).to(tl.int64)  # [BLOCK_N]
+        member = tl.load(p_members + n)  # [BLOCK_N]
+        b_k = load_keys(p_k + s * stride_ks, c, stride_kd, d_h, BLOCK_D)  # [BLOCK_N, BLOCK_D]
+        logits = scale_log2 * tl.dot(b_q, tl.trans(b_k), input_precision="ieee")  # [BLOCK_M, BLOCK_N]
+        selected = (member[None, :] & bit[:, None]) != 0  # [BLOCK_M, BLOCK_N]
+        if REPAIR:
+            b_v, bad = load_finite(p_v + s * stride_vs, c, stride_vd, d_h)
+            nonfinite = nonfinite | tl.max(tl.where(selected, bad[None, :], 0), axis=1)
+        else:
+            b_v = load_keys(p_v + s * stride_vs, c, stride_vd, d_h, BLOCK_D)
+        logits = tl.where(selected, logits, float("-inf"))
+        m, l, acc = online_softmax_update(m, l, acc, logits, b_v)
+
+    if REPAIR:
+        tl.store(nonfinite_ptr + (b * rows + row) * H_kv + h_kv, nonfinite, mask=keep)
+        keep = keep & (nonfinite == 0)
+    else:
+        tl.store(broken_ptr + tile * H_kv + h_kv, tl.max(is_nonfinite(acc)))
+    occupied = tl.load(occupied_ptr + b * rows + row, mask=keep, other=0)
+    store_rows(
+        m, l, acc, occupied == 0, b, t, head, c, keep,
+        gate_ptr, out_ptr, lse_ptr, stride_gb, stride_gl, stride_gh, stride_gd,
+        L, H_kv * GROUP, d_h, OUTPUT_GATE,
+    )  # fmt: skip
+
+
+@triton.jit
+def union_attention_kernel(
+    q_ptr, k_ptr, v_ptr, positions_ptr, members_ptr, sizes_ptr, occupied_ptr,
+    gate_ptr, out_ptr, lse_ptr, broken_ptr, nonfinite_ptr,
+    stride_qb, stride_ql, stride_qh, stride_qd,
+    stride_kb, stride_ks, stride_kh, stride_kd,
+    stride_vb, stride_vs, stride_vh, stride_vd,
+    stride_gb, stride_gl, stride_gh, stride_gd,
+    first_row, rows, L, H_kv, tiles, n_tiles, capacity, scale_log2,
+    QUERIES: tl.constexpr, GROUP: tl.constexpr, d_h: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+    OUTPUT_GATE: tl.constexpr,
+):  # fmt: skip
+    """One program per tile and key/value head."""
+    pid = tl.program_id(0).to(tl.int64)
+    # One head after the other, so that its K and V stay in L2; the last tiles first, because they have most to do.
+    attend_union(
+        n_tiles - 1 - pid % n_tiles, pid // n_tiles,
+        q_ptr, k_ptr, v_ptr, positions_ptr, members_ptr, sizes_ptr, occupied_ptr,
+        gate_ptr, out_ptr, lse_ptr, broken_ptr, nonfinite_ptr,
+        stride_qb, stride_ql, stride_qh, stride_qd,
+        stride_kb, stride_ks, stride_kh, stride_kd,
+        stride_vb, stride_vs, stride_vh, stride_vd,
+        stride_gb, stride_gl, stride_gh, stride_gd,
+        first_row, rows, L, H_kv, tiles, capacity, scale_log2,
+        QUERIES, GROUP, d_h, BLOCK_M, BLOCK_N, BLOCK_D, OUTPUT_GATE, False,
+    )  # fmt: skip
+
+
+@triton.jit
+def union_repair_kernel(
+    q_ptr, k_ptr, v_ptr, positions_ptr, members_ptr, sizes_ptr, occupied_ptr,
+    gate_ptr, out_ptr, lse_ptr, broken_ptr, nonfinite_ptr,
+    stride_qb, stride_ql, stride_qh, stride_qd,
+    stride_kb, stride_ks, stride_kh, stride_kd,
+    stride_vb, stride_vs, stride_vh, stride_vd,
+    stride_gb, stride_gl, stride_gh, stride_gd,
+    first_row, rows, L, H_kv, tiles, n_tiles, capacity, scale_log2,
+    QUERIES: tl.constexpr, GROUP: tl.constexpr, d_h: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_I: tl.constexpr,
+    OUTPUT_GATE: tl.constexpr,
+):  # fmt: skip
+    """One program per BLOCK_I pairs of a tile and a head: those whose result is not finite, once more, without what
+    made it so.
+    """
+    first = tl.program_id(0).to(tl.int64) * BLOCK_I
+    for i in range(first, end_of_broken(broken_ptr, first, n_tiles * H_kv, BLOCK_I)):
+        if tl.load(broken_ptr + i) != 0:
+            attend_union(
+                i // H_kv, i % H_kv,
+                q_ptr, k_ptr, v_ptr, positions_ptr, members_ptr, sizes_ptr, occupied_ptr,
+                gate_ptr, out_ptr, lse_ptr, broken_ptr, nonfinite_ptr,
+                stride_qb, stride_ql, stride_qh, stride_qd,
+                stride_kb, stride_ks, stride_kh, stride_kd,
+                stride_vb, stride_vs, stride_vh, stride_vd,
+                stride_gb, stride_gl, stride_gh, stride_gd,
+                first_row, rows, L, H_kv, tiles, capacity, scale_log2,
+                QUERIES, GROUP, d_h, BLOCK_M, BLOCK_N, BLOCK_D, OUTPUT_GATE, True,
+            )  # fmt: skip
+
+
+def attend_unions(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    indices: Tensor,
+    counts: Tensor,
+    start: Tensor,
+    output_gate_logits: Tensor | None,
+    scale: float,
+    out: Tensor,
+    lse: Tensor,
+) -> None:
+    """Fill `out` and `lse` (contiguous) by union tiles. Shapes as in `sparse_attention`."""
+    (B, L, H, d_h), (S, H_kv), K = q.shape, k.shape[1:3], indices.shape[-1]
+    device, group = q.device, H // H_kv
+    gate = q if output_gate_logits is None else output_gate_logits
+    queries = queries_per_tile(group)
+    block_m, block_d = max(16, triton.next_power_of_2(queries * group)), max(16, triton.next_power_of_2(d_h))
+    block_n, words = keys_per_block(block_d, q.dtype), words_of(S)
+    capacity = triton.cdiv(min(queries * K, S), block_n) * block_n  # the largest union that a tile may have
+    chunk_rows = rows_per_chunk(B, L, queries, queries * words * 4 + capacity * 8 + 1)
+    chunk_tiles = chunk_rows // queries
+
+    bits = torch.empty(B * chunk_rows * words, dtype=torch.int32, device=device)
+    occupied = torch.empty(B * chunk_rows, dtype=torch.int32, device=device)
+    positions, members = torch.empty((2, B * chunk_tiles * capacity), dtype=torch.int32, device=device)
+    sizes = torch.empty(B * chunk_tiles, dtype=torch.int32, device=device)
+    broken = torch.empty(B * chunk_tiles * H_kv, dtype=torch.int32, device=device)
+    nonfinite = torch.empty(B * chunk_rows * H_kv, dtype=torch.int32, device=device)
+    tensors = q, k, v, positions, members, sizes, occupied, gate, out, lse, broken, nonfinite
+    strides = *q.stride(), *k.stride(), *v.stride(), *gate.stride()
+    constants = {"QUERIES": queries, "GROUP": group, "d_h": d_h, "BLOCK_M": block_m, "BLOCK_N": block_n}
+    constants |= {"BLOCK_D": block_d, "OUTPUT_GATE": output_gate_logits is not None}
+    num_warps = 8 if block_m * block_d > 64 * 128 or q.dtype == torch.float32 else 4
+    for first_row in range(0, L, chunk_rows):
+        rows = min(chunk_rows, L - first_row)
+        tiles = triton.cdiv(rows, queries)
+        write_selection_bits(indices, counts, start, bits, occupied, first_row, rows, S, queries)
+        union_kernel[(B * tiles,)](
+            bits, start, positions, members, sizes,
+            first_row, rows, words, tiles, capacity, S,
+            QUERIES=queries, BLOCK_W=BLOCK_WORDS, BLOCK_U=BLOCK_MEMBERS, BLOCK_N=block_n,
+        )  # fmt: skip
+        union_attention_kernel[(B * tiles * H_kv,)](
+            *tensors, *strides, first_row, rows, L, H_kv, tiles, B * tiles, capacity, scale * LOG2_E,
+            **constants, num_warps=num_warps, num_stages=pipeline_stages(block_n, block_d, q.dtype),
+        )  # fmt: skip
+        union_repair_kernel[(triton.cdiv(B * tiles * H_kv, BLOCK_BROKEN),)](
+            *tensors, *strides, first_row, rows, L, H_kv, tiles, B * tiles, capacity, scale * LOG2_E,
+            **constants, BLOCK_I=BLOCK_BROKEN, num_warps=num_warps, num_stages=1,
+        )  # fmt: skip
+        attend_nonfinite_rows(
+            q, k, v, indices, counts, start, gate, scale, out, lse, broken, nonfinite,
+            first_row, rows, queries, output_gate_logits is not None,
+        )  # fmt: skip
+
+
+def queries_per_tile(group: int) -> int:
+    """As many queries as fill TILE_ROWS rows; a position of the union has one bit for each, so at most 32."""
+    return max(1, min(32, TILE_ROWS // group))
+
+
+def keys_per_block(block_d: int, dtype: torch.dtype) -> int:
+    """Keys that a tile attends to at a time: K and V of at most 16 KiB each, or 32 keys."""
+    return max(32, min(64, 16384 // (block_d * dtype.itemsize)))
+
+
+def pipeline_stages(block_n: int, block_d: int, dtype: torch.dtype) -> int:
+    """Stages of the loop over keys. K and V of (stages + 1) // 2 blocks are in shared memory at once."""
+    return 5 if 2 * block_n * block_d * dtype.itemsize <= 32768 else 3
