@@ -30,7 +30,7 @@ from gsa_fast.attention.rows import (
     store_rows,
 )
 
-TILE_ROWS = 128  # fills the matrix units of two warp groups; half of it for wide heads
+TILE_ROWS = 64
 BLOCKS_AT_A_TIME = 16  # blocks of keys that a program of `key_blocks_kernel` decides on at a time
 
 
@@ -213,7 +213,7 @@ def attend_masked_tiles(
     device, group = q.device, H // H_kv
     gate = q if output_gate_logits is None else output_gate_logits
     block_d = max(16, triton.next_power_of_2(d_h))
-    queries, block_n, words = queries_per_tile(group, block_d), keys_per_block(block_d, q.dtype), words_of(S)
+    queries, block_n, words = max(1, TILE_ROWS // group), keys_per_block(block_d, q.dtype), words_of(S)
     block_m = max(16, triton.next_power_of_2(queries * group))
     capacity = triton.cdiv(S, block_n) + 1  # one more, because the loop looks an entry ahead
     chunk_rows = rows_per_chunk(B, L, queries, queries * words * 4 + capacity * 4)
@@ -250,11 +250,6 @@ def attend_masked_tiles(
             q, k, v, indices, counts, start, gate, scale, out, lse, broken, nonfinite,
             first_row, rows, queries, output_gate_logits is not None,
         )  # fmt: skip
-
-
-def queries_per_tile(group: int, block_d: int) -> int:
-    """As many queries as fill TILE_ROWS rows, or half of it for heads wider than 128."""
-    return max(1, TILE_ROWS * 128 // max(128, block_d) // group)
 
 
 def keys_per_block(block_d: int, dtype: torch.dtype) -> int:

@@ -32,7 +32,7 @@ from gsa_fast.attention.rows import (
 )
 
 TILE_ROWS = 64  # more rows: fewer gathers, but a larger union for each
-BLOCK_WORDS = 32  # words of the bit masks that a program of `union_kernel` expands at a time
+BLOCK_WORDS = 256  # words of the bit masks that a program of `union_kernel` expands at a time
 BLOCK_MEMBERS = 256  # positions of a union for which it looks up the members at a time
 
 
