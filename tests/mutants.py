@@ -179,7 +179,7 @@ MUTANTS = [
         ("key blocks miss a query", "for i in range(tl.minimum(QUERIES, rows - row)):", "for i in range(tl.minimum(QUERIES, rows - row) - 1):"),
         ("key blocks overwrite one another", "slot = size + tl.cumsum", "slot = tl.cumsum"),
         ("bits of the neighbouring row", "row_bits = tl.minimum(row, rows - 1)", "row_bits = tl.minimum(row + 1, rows - 1)"),
-        ("keys past the end read", "tl.minimum(block * BLOCK_N + n, S - 1)", "(block * BLOCK_N + n)"),
+        ("masked chunks start at row 0", "t = first_row + row\n", "t = row\n"),
         ("masked bits mirrored", "<< (n % 32)", "<< (31 - n % 32)"),
         ("masked block not advanced", "block = next_block", "block = block + 0"),
         ("masked looks two blocks ahead", "next_block = tl.load(p_blocks + i + 1)", "next_block = tl.load(p_blocks + i + 2)"),
@@ -188,7 +188,7 @@ MUTANTS = [
         ("masked keys of the first head", "h_kv * stride_kh", "0 * stride_kh"),
         ("masked repair takes the neighbour's word", "tl.where(selected, bad[None, :], 0)", "bad[None, :]"),
         ("masked repair skips a tile", "end_of_broken(broken_ptr, first, n_tiles * H_kv, BLOCK_I)):", "end_of_broken(broken_ptr, first, n_tiles * H_kv, BLOCK_I) - 1):"),
-        ("masked rows past the tile written", "keep = (query < QUERIES) & (row < rows)", "keep = row < rows"),
+        ("masked forgets the scale", "logits = scale_log2 * tl.dot", "logits = tl.dot"),
     ),
     *_of(
         "gates",

@@ -15,7 +15,7 @@ from gsa_fast.attention.gather import attend_query
 from gsa_fast.attention.rows import LOG2_E
 
 # Bit masks, and what is made of them, exist for one chunk of query rows at a time.
-CHUNK_BYTES = 512 * 2**20
+CHUNK_BYTES = 2**30
 # Tiles (of one head) that a program of a repair kernel looks after: almost always it finds nothing to do.
 BLOCK_BROKEN = 32
 

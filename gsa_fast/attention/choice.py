@@ -9,8 +9,6 @@ from gsa_ref._arguments import check_int
 
 # Below this many queries a tile has too few neighbours to share its keys with.
 TILES_FROM_LENGTH = 128
-# Up to this many keys per slot of a selection, skipping keys saves less than loading them in order does.
-MASKED_UP_TO_KEYS_PER_SLOT = 4
 
 
 class Choice(NamedTuple):
@@ -64,9 +62,6 @@ def _choose(L: int, S: int, K: int, dtype: torch.dtype) -> Choice:
         return Choice("gather", "float32 tiles of several queries do not fit the registers")
     if L < TILES_FROM_LENGTH:
         return Choice("gather", f"L = {L} is below {TILES_FROM_LENGTH}: too few neighbours to share keys with")
-    most = MASKED_UP_TO_KEYS_PER_SLOT * K
-    if most >= S:
-        return Choice(
-            "masked", f"S = {S} is at most {MASKED_UP_TO_KEYS_PER_SLOT} K = {most}: selections skip little of it"
-        )
-    return Choice("union", f"S = {S} is above {MASKED_UP_TO_KEYS_PER_SLOT} K = {most}: most keys can be skipped")
+    if S <= K:
+        return Choice("masked", f"S = {S} is at most K = {K}: selections may skip nothing")
+    return Choice("union", f"S = {S} is above K = {K}: every selection skips keys")

@@ -216,7 +216,7 @@ def attend_masked_tiles(
     queries, block_n, words = max(1, TILE_ROWS // group), keys_per_block(block_d, q.dtype), words_of(S)
     block_m = max(16, triton.next_power_of_2(queries * group))
     capacity = triton.cdiv(S, block_n) + 1  # one more, because the loop looks an entry ahead
-    chunk_rows = rows_per_chunk(B, L, queries, queries * words * 4 + capacity * 4)
+    chunk_rows = rows_per_chunk(B, L, queries, 4 * (queries * (words + H_kv + 1) + capacity + H_kv + 1))
     chunk_tiles = chunk_rows // queries
 
     bits = torch.empty(B * chunk_rows * words, dtype=torch.int32, device=device)

@@ -33,7 +33,7 @@ from gsa_fast.attention.rows import (
 
 TILE_ROWS = 64  # more rows: fewer gathers, but a larger union for each
 BLOCK_WORDS = 256  # words of the bit masks that a program of `union_kernel` expands at a time
-BLOCK_MEMBERS = 256  # positions of a union for which it looks up the members at a time
+BLOCK_MEMBERS = 128  # positions of a union for which it looks up the members at a time
 
 
 @triton.jit
@@ -236,7 +236,7 @@ def attend_unions(
     block_m, block_d = max(16, triton.next_power_of_2(queries * group)), max(16, triton.next_power_of_2(d_h))
     block_n, words = keys_per_block(block_d, q.dtype), words_of(S)
     capacity = triton.cdiv(min(queries * K, S), block_n) * block_n  # the largest union that a tile may have
-    chunk_rows = rows_per_chunk(B, L, queries, queries * words * 4 + capacity * 8 + 1)
+    chunk_rows = rows_per_chunk(B, L, queries, 4 * (queries * (words + H_kv + 1) + 2 * capacity + H_kv + 1))
     chunk_tiles = chunk_rows // queries
 
     bits = torch.empty(B * chunk_rows * words, dtype=torch.int32, device=device)

@@ -63,7 +63,7 @@ def small_tiles(width: int = 16) -> Iterator[None]:
             (streamed, "SAMPLE_BYTES", 16 * width),
             (streamed, "Z", 0.5),  # some shortlists turn out too short
             (gather, "block_k", lambda block_d, dtype: width),
-            (bits, "CHUNK_BYTES", 80 * width),
+            (bits, "CHUNK_BYTES", 20 * width),
             *((module, "BLOCK_BROKEN", 2) for module in (bits, masked, union)),
             (union, "TILE_ROWS", width // 2),
             (union, "BLOCK_WORDS", 1),
