@@ -347,7 +347,12 @@ def with_records(tmp_path: Path) -> Path:
         timed("indexer", 10.0, 131072, H_kv=None, k=None, union_over_k=None, p_eff=None),
     ]
     row = {"stem": "output", "cases": 2048, "worst_error": 0.001, "budget": 0.01, "ratio": 0.1, "verdict": "pass"}
-    verified = {"shape": {"L": 131072, "H_kv": 8}, **ENVIRONMENT, "rows": [row]}
+    verified = {"shape": {"L": 131072, "H_kv": 8}, **ENVIRONMENT, "rows": [row], "sigmoid_mode": "approximate"}
+    verified |= {
+        "mean_k": 2000.0,
+        "recall": {"mean": 0.9999, "least": 0.998},
+        "near_threshold": {"median": 3, "most": 9},
+    }
     idea = {"what": "a sort", "predicted": "20 ms", "measured": {"ms": 31.5, "recall": 1}, "verdict": "dropped"}
     for path, content in ((speed.PREFILL, prefill), (speed.LONG, [verified]), (speed.TRIED, [idea])):
         (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
@@ -381,7 +386,8 @@ def test_speed_tables_show_the_records(with_records: Path):
     assert "| 128K | 8 | random | 512 | 25 | 10 |" in show["prefill_budgets"]
     assert "| 8 | 1 | 1 | 3,072 |" in show["prefill_memory"]
     assert "| attention | flash | – | 128K | 8 | failed: out of memory |" in show["prefill_missing"]
-    assert "| 128K | 8 | output | pass | 2048 | 0.001 | 0.01 | 10% |" in show["long_verification"]
+    assert "| 128K | 8 | approximate | output | pass | 2048 | 0.001 | 0.01 | 10% |" in show["long_verification"]
+    assert "| 128K | 8 | approximate | 2000 | 99.990% | 99.80% | 3 | 9 |" in show["long_verification"]
     assert "| a sort | 20 ms | ms: 31.5; recall: 1 | dropped |" in show["tried"]
 
 

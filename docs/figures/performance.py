@@ -36,7 +36,11 @@ def speedup() -> Figure:
     panels = figure.subplots(1, len(RECORDS.heads), sharey=True, squeeze=False)[0]
     for axes, heads in zip(panels, RECORDS.heads, strict=True):
         for name, (colour, dashes, marker) in LINES.items():
-            points = [(L, x) for L in RECORDS.lengths if (x := RECORDS.speedup(heads, name, L)) is not None]
+            points = [
+                (L, x)
+                for L in RECORDS.lengths
+                if (x := RECORDS.speedup(heads, name.replace(" ", "\u00a0"), L)) is not None
+            ]
             if points:
                 L, x = zip(*points, strict=True)
                 axes.plot(L, x, dashes, color=colour, marker=marker, markersize=3, linewidth=1.2, label=name)

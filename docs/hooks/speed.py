@@ -62,6 +62,12 @@ def median(record: Record | None) -> float | None:
     return record["ms"]["median"] if record and record["ms"] else None
 
 
+def selection(record: Record) -> str:
+    """The record's selection, with ≈ for the indexer's approximate sigmoid."""
+    name = (record["selection"] or "–").replace(" ", "\u00a0")
+    return f"{name}\u00a0≈" if record.get("sigmoid_mode") == "approximate" else name
+
+
 class Prefill:
     """The prefill records, by what they measure."""
 
@@ -73,7 +79,7 @@ class Prefill:
             (r["impl"], r["shape"]["H_kv"], r["shape"]["L"]): r for r in self.cases if r["impl"] in ("cudnn", "flash")
         }
         self.wholes = {
-            (r["shape"]["H_kv"], r["selection"], r["shape"]["L"], r["shape"]["k"]): r
+            (r["shape"]["H_kv"], selection(r), r["shape"]["L"], r["shape"]["k"]): r
             for r in self.cases
             if r["case"] == "whole"
         }
@@ -161,7 +167,7 @@ def prefill_roofline(root: Path, at: str = "131072") -> str:
         spread = f"{figure(ms['p20'])}–{figure(ms['p80'])}"
         rows.append(
             [
-                *(r["case"], r["impl"], str(size["H_kv"] or "–"), r["selection"] or "–"),
+                *(r["case"], r["impl"], str(size["H_kv"] or "–"), selection(r)),
                 *(figure(r["union_over_k"]), figure(r["p_eff"], 2), figure(ms["median"]), spread),
                 *(figure(r["tflops"]), figure(r["tbps"], 2), percent(r["share_of_roofline"])),
             ]
@@ -250,9 +256,7 @@ def prefill_missing(root: Path) -> str:
     for r in p.cases:
         if said := r.get("reason") or r.get("note"):
             size = r["shape"]
-            rows.append(
-                [r["case"], r["impl"], r["selection"] or "–", length(size["L"]), str(size["H_kv"] or "–"), said]
-            )
+            rows.append([r["case"], r["impl"], selection(r), length(size["L"]), str(size["H_kv"] or "–"), said])
     if not rows:
         return "Every case was measured."
     return table(["stage", "by", "selection", "L", "H_kv", "why"], rows, left=6)
@@ -268,14 +272,30 @@ def long_verification(root: Path) -> str:
         lines.append(f"- {name}: " + ", ".join(f"`{v}`" for v in dict.fromkeys(str(r[name]) for r in found)))
     rows = [
         [
-            *(length(r["shape"]["L"]), str(r["shape"]["H_kv"]), row["stem"], row["verdict"], str(row["cases"])),
-            *(figure(row["worst_error"]), figure(row["budget"]), percent(row["ratio"])),
+            *(length(r["shape"]["L"]), str(r["shape"]["H_kv"]), mode(r), row["stem"], row["verdict"]),
+            *(str(row["cases"]), figure(row["worst_error"]), figure(row["budget"]), percent(row["ratio"])),
         ]
         for r in found
         for row in r["rows"]
     ]
-    header = ["L", "H_kv", "check", "verdict", "rows or runs", "worst error", "budget", "used"]
-    return "\n".join([*lines, "", table(header, rows, left=4)])
+    header = ["L", "H_kv", "σ", "check", "verdict", "rows or runs", "worst error", "budget", "used"]
+    recalls = [
+        [
+            *(length(r["shape"]["L"]), str(r["shape"]["H_kv"]), mode(r), f"{r['mean_k']:.0f}"),
+            *(f"{100 * r['recall']['mean']:.3f}%", f"{100 * r['recall']['least']:.2f}%"),
+            *(figure(r["near_threshold"]["median"]), str(r["near_threshold"]["most"])),
+        ]
+        for r in found
+    ]
+    recall_header = ["L", "H_kv", "σ", "mean k", "recall", "worst row", "keys within 2ε, median", "most"]
+    lines += ["", table(header, rows, left=5), ""]
+    lines.append("Recall is the share of the reference's best keys that is selected: a metric, not a test.")
+    return "\n".join([*lines, "", table(recall_header, recalls, left=3)])
+
+
+def mode(record: Record) -> str:
+    """The record's sigmoid of the indexer."""
+    return record.get("sigmoid_mode") or "exact"
 
 
 def tried(root: Path) -> str:

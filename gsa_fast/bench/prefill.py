@@ -19,6 +19,7 @@ from gsa_fast._backend import INTERPRETED
 from gsa_fast.bench import patterns, records, rooflines
 from gsa_fast.bench.rooflines import Ceilings, Work
 from gsa_fast.bench.timing import SECONDS, Timing, first_line, measure, measure_ceilings
+from gsa_fast.selection import SIGMOID_MODES
 from gsa_ref import GSAConfig, Selection
 
 SUITE = "prefill"
@@ -48,6 +49,7 @@ class Case:
     k_base: int
     H_kv: int | None = None
     selection: str | None = None
+    sigmoid_mode: str | None = None  # of the indexer, where it is a choice
 
     @property
     def is_baseline(self) -> bool:
@@ -92,13 +94,15 @@ def plan(lengths: list[int], kv_heads: list[int] | None, k_bases: list[int], sel
         cases += [Case("gates", "gsa_fast", L, k_bases[0], h) for h in heads]
         for k in k_bases:
             kinds = dict.fromkeys(s if s in ("ties", "smooth") else "random" for s in selections)
-            cases += [Case("indexed_selection", "gsa_fast", L, k, selection=kind) for kind in kinds]
             cases += [
-                Case(case, "gsa_fast", L, k, h, selection)
-                for selection in selections
-                for h in heads
-                for case in ("attention", "whole")
+                Case("indexed_selection", "gsa_fast", L, k, None, kind, mode)
+                for kind in kinds
+                for mode in SIGMOID_MODES
             ]
+            for selection in selections:
+                for h in heads:
+                    cases += [Case("attention", "gsa_fast", L, k, h, selection)]
+                    cases += [Case("whole", "gsa_fast", L, k, h, selection, mode) for mode in SIGMOID_MODES]
         cases += dense if L >= MILLION else []
     return cases
 
@@ -235,7 +239,8 @@ def prepare(case: Case, inputs: Inputs) -> Prepared:
     indexer, attention = inputs.of(case)
 
     def select() -> tuple[Selection, Tensor]:
-        return gsa_fast.indexed_selection(**indexer.arguments(), config=c, impl="triton")
+        mode = case.sigmoid_mode or "exact"
+        return gsa_fast.indexed_selection(**indexer.arguments(), config=c, sigmoid_mode=mode, impl="triton")
 
     if case.case == "indexed_selection":
         selection, _ = select()
@@ -285,6 +290,7 @@ def to_record(
         "case": case.case,
         "impl": case.impl,
         "selection": case.selection,
+        "sigmoid_mode": case.sigmoid_mode,
         "shape": case.shape,
         "dtype": str(DTYPE).removeprefix("torch."),
         "ms": None,
@@ -375,13 +381,19 @@ def format_table(rows: list[records.Record], known: list[records.Record]) -> str
     dense = {
         (r["shape"]["L"], r["shape"]["H_kv"]): r["ms"]["median"] for r in known if r["impl"] == "cudnn" and r["ms"]
     }
-    header = ("case", "impl", "L", "H_kv", "k", "selection", "ms [p20–p80]", "over cuDNN", "of roofline", "GiB")
+    header = ("case", "impl", "L", "H_kv", "k", "selection", "σ", "ms [p20–p80]", "over cuDNN", "of roofline", "GiB")
     lines = [header]
     for r in rows:
         if r["case"] == "ceiling":
             continue
         size = r["shape"]
-        lead = [r["case"], r["impl"], *(_cell(size[n]) for n in ("L", "H_kv", "k")), _cell(r["selection"])]
+        lead = [
+            r["case"],
+            r["impl"],
+            *(_cell(size[n]) for n in ("L", "H_kv", "k")),
+            _cell(r["selection"]),
+            _cell(r["sigmoid_mode"]),
+        ]
         if r["ms"] is None:
             lines.append((*lead, r["reason"], "", "", ""))
             continue
@@ -400,7 +412,7 @@ def format_table(rows: list[records.Record], known: list[records.Record]) -> str
         )
     short = [line for line in lines if line[-1]]
     widths = [max(len(line[i]) for line in short) for i in range(len(header))]
-    right = {2, 3, 4, 6, 7, 8, 9}
+    right = {2, 3, 4, 7, 8, 9, 10}
 
     def render(line: tuple[str, ...]) -> str:
         cells = (

@@ -13,7 +13,7 @@ from gsa_fast.verification.run import _commit
 Record = dict[str, Any]
 
 # What a measurement is of; the rest of a record is what came out.
-KEY = ("suite", "case", "impl", "selection", "shape", "dtype", "device")
+KEY = ("suite", "case", "impl", "selection", "sigmoid_mode", "shape", "dtype", "device")
 
 
 def environment(command: str, seed: int) -> Record:

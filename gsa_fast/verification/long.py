@@ -65,9 +65,11 @@ class Setting:
     dtype: torch.dtype
     mean_variance: float
     largest_value: float  # max |v'|
+    sigmoid_mode: str = "exact"
 
 
-Found = tuple[int, dict[str, Verdict], int]  # row, its verdicts, how many keys lie within 2ε of its threshold
+# Row, its verdicts, how many keys lie within 2ε of its threshold, and the share of gold's best keys that it selected.
+Found = tuple[int, dict[str, Verdict], int, float]
 
 
 def check_rows(arrays: dict[str, np.ndarray], setting: Setting, block: slice) -> list[Found]:
@@ -82,7 +84,7 @@ def check_rows(arrays: dict[str, np.ndarray], setting: Setting, block: slice) ->
     positions = arrays["position"][block]
     keys = np.asarray(arrays["k_idx"][: positions.max() + 1], np.float64)
     q_idx, head_logits, bias = arrays["q_idx"][block], arrays["head_logits"][block], arrays["bias"]
-    tolerances = score_tolerance(q_idx, keys, head_logits, bias, scale=scale)
+    tolerances = score_tolerance(q_idx, keys, head_logits, bias, scale=scale, sigmoid_mode=setting.sigmoid_mode)
     found: list[Found] = []
     for i, t in enumerate(positions.tolist()):
         row, tolerance = slice(block.start + i, block.start + i + 1), tolerances[i : i + 1, : t + 1]
@@ -100,10 +102,12 @@ def check_rows(arrays: dict[str, np.ndarray], setting: Setting, block: slice) ->
         chosen = chosen[(chosen >= 0) & (chosen <= t)]
         of_attention = attention_verdicts(arrays, setting, row, chosen)
         verdicts = dict(zip(CHECKS, (*of_budget, of_selection, *of_attention), strict=True))
-        near = 0
+        near, recall = 0, 1.0
         if len(chosen):
             near = int((np.abs(gold[0] - gold[0, chosen].min()) <= 2 * tolerance[0]).sum())
-        found.append((t, verdicts, near))
+            best = np.argsort(-gold[0], kind="stable")[: len(chosen)]
+            recall = len(np.intersect1d(best, chosen)) / len(chosen)
+        found.append((t, verdicts, near, recall))
     return found
 
 
@@ -172,6 +176,9 @@ class Result:
     mean_k: float
     near_median: float
     near_most: int
+    recall_mean: float
+    recall_least: float
+    sigmoid_mode: str
     seconds: float
 
     @property
@@ -189,6 +196,7 @@ def verify_length(
     device: str = "cuda",
     dtype: torch.dtype = torch.bfloat16,
     processes: int = 0,
+    sigmoid_mode: str = "exact",
 ) -> Result:
     """Run `indexed_selection` and `sparse_attention` with both gates on random inputs, check rows, then run again.
 
@@ -198,6 +206,7 @@ def verify_length(
         rows: how many rows are compared with gold.
         reruns: how often everything runs again; selection, variance, output and lse must be bitwise equal.
         processes: of the pool that computes gold; 0 computes it here.
+        sigmoid_mode: of the indexer.
     """
     started = time.monotonic()
     drawn: dict[str, Any] = {"seed": seed, "device": device, "dtype": dtype}
@@ -205,7 +214,9 @@ def verify_length(
     given = patterns.random_attention_inputs(L, config, **drawn)
 
     def run() -> tuple[torch.Tensor, ...]:
-        selection, variance = gsa_fast.indexed_selection(**indexer.arguments(), config=config, impl="triton")
+        selection, variance = gsa_fast.indexed_selection(
+            **indexer.arguments(), config=config, sigmoid_mode=sigmoid_mode, impl="triton"
+        )
         out, lse = gsa_fast.sparse_attention(given.q, given.k, given.v, selection, **given.gates(), impl="triton")
         return (*selection, variance, out, lse)
 
@@ -246,16 +257,17 @@ def verify_length(
         "v": given.v[0].float().cpu().numpy(),
         "value_gate": given.value_gate_logits[0].float().cpu().numpy(),
     }
-    setting = Setting(config, dtype, float(indexer.mean_variance), float(gated.abs().max()))
+    setting = Setting(config, dtype, float(indexer.mean_variance), float(gated.abs().max()), sigmoid_mode)
     mean_k = float(counts.double().mean())
 
     name = str(dtype).removeprefix("torch.")
     table = {check: Row(check, name, longest=L) for check in CHECKS}
-    near = []
+    near, recalls = [], []
     with tqdm(total=len(positions), unit="row", leave=False, disable=None) as bar:
         for block in check_in_processes(arrays, setting, processes):
-            for t, verdicts, near_threshold in block:
+            for t, verdicts, near_threshold, recall in block:
                 near.append(near_threshold)
+                recalls.append(recall)
                 for check, verdict in verdicts.items():
                     fold(table[check], verdict, t)
             bar.update(len(block))
@@ -270,6 +282,9 @@ def verify_length(
         mean_k=mean_k,
         near_median=float(np.median(near)),
         near_most=max(near),
+        recall_mean=float(np.mean(recalls)),
+        recall_least=min(recalls),
+        sigmoid_mode=sigmoid_mode,
         seconds=time.monotonic() - started,
     )
 
@@ -293,11 +308,13 @@ def to_record(result: Result, L: int, config: GSAConfig, command: str, seed: int
         "case": "whole",
         "impl": "gsa_fast",
         "selection": "real",
+        "sigmoid_mode": result.sigmoid_mode,
         "shape": shape,
         "dtype": result.rows[0].dtype,
         "sampled_rows": result.sampled,
         "mean_k": result.mean_k,
         "near_threshold": {"median": result.near_median, "most": result.near_most},
+        "recall": {"mean": result.recall_mean, "least": result.recall_least},
         "seconds": result.seconds,
         **records.environment(command, seed),
         "rows": [{**asdict(row), "ratio": row.ratio if np.isfinite(row.ratio) else None} for row in result.rows],

@@ -177,11 +177,14 @@ def record(rows: list[Row], device: str, command: str, seed: int) -> dict[str, A
 
 
 def _commit() -> str | None:
-    """The commit of the checkout that this file lies in, None for an installed package."""
+    """The commit of the checkout that this file lies in; None for an installed package, or if files were changed."""
+
+    def git(*arguments: str) -> str:
+        return subprocess.run(
+            ["git", *arguments], cwd=Path(__file__).parent, capture_output=True, text=True, check=True
+        ).stdout.strip()
+
     try:
-        found = subprocess.run(
-            ["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True, check=True
-        )
+        return None if git("status", "--porcelain", "--", ":/*.py") else git("rev-parse", "HEAD")
     except (OSError, subprocess.CalledProcessError):
         return None
-    return found.stdout.strip()

@@ -313,14 +313,17 @@ def test_the_command_writes_the_records_and_prints_a_table(tiny, device, monkeyp
     assert main(["bench", "prefill", *arguments]) == 0
     assert main(["bench", "prefill", *arguments]) == 0
     found = records.read(path)
-    assert [r["case"] for r in found[4:]] == ["indexer", "gates", "indexed_selection", "attention", "whole"]
+    assert [r["case"] for r in found[4:]] == [
+        "indexer", "gates", "indexed_selection", "indexed_selection", "attention", "whole", "whole",
+    ]  # fmt: skip
+    assert [r["sigmoid_mode"] for r in found[-2:]] == ["exact", "approximate"]
     assert {r["command"] for r in found} == {
         "python -m gsa_fast bench prefill --length 16 --kv-heads 2 --selection window --k-base 4"
     }
     printed = capsys.readouterr().out
-    assert "5 cases on a device, seed 0." in printed
+    assert "7 cases on a device, seed 0." in printed
     assert "Ceilings: matmul 1e+03 TFLOP/s, copy 10 TB/s" in printed
-    assert sum(line.startswith("whole ") for line in printed.splitlines()) == 2
+    assert sum(line.startswith("whole ") for line in printed.splitlines()) == 4
 
 
 def test_whole_is_the_selection_of_its_inputs_and_attention_over_the_given_pattern(tiny, device):
@@ -370,7 +373,8 @@ def test_the_plan_covers_lengths_heads_and_patterns_and_a_million_tokens_have_on
     whole = {(c.L, c.H_kv, c.selection) for c in cases if c.case == "whole"}
     assert len(whole) == 7 * 2 * 8
     assert sum(c.is_baseline for c in cases) == 7 * 2 * 2
-    assert [c.selection for c in cases if c.case == "indexed_selection" and c.L == 2048] == ["random", "ties", "smooth"]
+    selecting = [(c.selection, c.sigmoid_mode) for c in cases if c.case == "indexed_selection" and c.L == 2048]
+    assert selecting == [(s, mode) for s in ("random", "ties", "smooth") for mode in ("exact", "approximate")]
     longest = prefill.plan([prefill.MILLION], None, [2048], ["random"])
     assert {c.H_kv for c in longest} == {None, 1}
     assert [c.is_baseline for c in longest][-2:] == [True, True]
