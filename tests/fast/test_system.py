@@ -235,7 +235,7 @@ def op_arguments(name: str, device: str, B: int, L: int, gate: bool) -> tuple[An
         "token_budget": (tensor(B, L).abs(), torch.tensor(0.5, device=device), counts, 3, 1, 4, "inverse"),
         "select_tokens": (tensor(B, L, S), counts, 3),
         "indexed_selection": (
-            *indexer, torch.tensor(0.01, device=device), start, lengths, 0.5, 3, 1, 4, "proportional", 4
+            *indexer, torch.tensor(0.01, device=device), start, lengths, 0.5, 3, 1, 4, "proportional", S + L, False, 4
         ),
         "sparse_attention": (
             tensor(B, L, 4, 8),
