@@ -19,9 +19,15 @@ KERNELS = {
     "apply_gate_kernel",
     "budget_and_select_kernel",
     "indexer_scores_kernel",
+    "redo_kernel",
+    "sample_scores_kernel",
     "score_variance_kernel",
+    "select_kernel",
+    "select_large_kernel",
     "select_tokens_kernel",
+    "shortlist_kernel",
     "sparse_attention_kernel",
+    "threshold_kernel",
     "token_budget_kernel",
 }
 
@@ -44,7 +50,7 @@ def test_every_kernel_compiles_and_fits_sm_80_and_sm_90(dtype):
 
 
 def test_the_sample_names_every_kernel_of_the_package():
-    sources = "\n".join(path.read_text() for path in (ROOT / "gsa_fast").glob("*.py"))
+    sources = "\n".join(path.read_text() for path in (ROOT / "gsa_fast").rglob("*.py"))
     defined = {line.split("(")[0].removeprefix("def ") for line in sources.splitlines() if "_kernel(" in line}
     assert {name for name in defined if name.endswith("_kernel") and not name.startswith(" ")} == KERNELS
 
