@@ -452,7 +452,7 @@ def test_equal_scores_have_variance_zero_and_give_the_lowest_positions(value, ap
     arguments["k_idx"][..., 0] = value
     config = configuration(arguments)
     with constants(Z=3.0):
-        result = run(arguments, config, approximate=approximate, plan=Plan(16, 128))
+        result = run(arguments, config, approximate=approximate)
     assert result.redone == []
     assert not result.variance.any()
     assert result.selection.indices[..., :8].tolist() == [[list(range(8))] * L]
@@ -511,7 +511,7 @@ def test_heads_that_are_switched_off_or_saturated(biases, approximate, device):
     arguments["bias"] = torch.tensor(biases, device=device)
     config = configuration(arguments)
     with constants(Z=3.0):
-        result = run(arguments, config, approximate=approximate, plan=Plan(16, 128))
+        result = run(arguments, config, approximate=approximate)
         assert_right(result, arguments, config, approximate=approximate)
     assert result.redone == []
     if len(set(biases)) == 1:  # every score is the same
@@ -550,7 +550,6 @@ def test_starts_and_lengths_of_each_sequence(device):
     with constants(Z=2.0, SAMPLE_BYTES=2**20, CHUNK_BYTES=2**20):
         result = run(arguments, config)
         assert_right(result, arguments, config)
-    assert {row // L for row in result.redone} <= set()
     assert result.selection.counts.tolist() == [[8] * L, [1, 2, 3, 4, 5, 6], [8, 8, 8, 0, 0, 0], [0] * L]
     assert result.selection.indices[0, -1, :8].tolist() == list(range(S - 8, S))
 
@@ -579,7 +578,7 @@ def test_more_heads_than_fit_take_stored_scores(device, monkeypatch):
 @pytest.mark.parametrize("name", ["q_idx", "k_idx", "head_logits"])
 def test_strides_past_two_to_the_31_do_not_wrap(name, axis, device):
     """Offsets are 64-bit along every axis, and from tile to tile."""
-    arguments = inputs("random", device, B=2, n=3, n_keys=65, H_I=2, d_I=4)
+    arguments = inputs("random", device, B=3, n=3, n_keys=65, H_I=3, d_I=4)
     for key in ("q_idx", "k_idx", "head_logits"):
         arguments[key] = arguments[key].half()
     config = configuration(arguments)
@@ -652,7 +651,7 @@ def marked_keys(positions: list[int], device: str) -> dict[str, Any]:
 @pytest.mark.parametrize("more", [0, 1, 20])
 def test_two_splits_that_meet_in_their_segment_are_noticed(more, device):
     """One more candidate than the segment holds overwrites another, and the sizes say so; none more is no failure."""
-    with constants(MIN_PROGRAMS=1, LARGE_CAPACITY=64), thresholds(0.5):
+    with constants(BLOCK_S=16, MIN_PROGRAMS=1, LARGE_CAPACITY=64), thresholds(0.5):
         first = list(range(10, 42))
         arguments = marked_keys(first + list(range(S - 60, S - 60 + 32 + more)), device)
         config = configuration(arguments, k_base=24, rule="fixed")
@@ -682,8 +681,8 @@ def test_a_split_that_is_full_stops_before_it_leaves_its_segment(device):
 def test_shortlists_above_the_first_capacity_take_the_large_kernel(size, device):
     arguments = marked_keys(list(range(100, 100 + size)), device)
     config = configuration(arguments, k_base=24, rule="fixed")
-    with constants(MIN_PROGRAMS=1, LARGE_CAPACITY=160), thresholds(0.5):
-        result = run(arguments, config, plan=Plan(16, 160))
+    with constants(MIN_PROGRAMS=1, LARGE_CAPACITY=256), thresholds(0.5):
+        result = run(arguments, config, plan=Plan(16, 256))
         assert_right(result, arguments, config)
     (launch,) = result.launches["select_large_kernel"]
     assert int(launch["n_large_ptr"][0]) == (2 if size > 64 else 0)
@@ -718,7 +717,7 @@ def test_running_moments_do_not_cancel_where_the_mean_is_far_above_the_spread(pa
     arguments["head_logits"] += 20
     config = configuration(arguments)
     with constants(Z=3.0):
-        result = run(arguments, config, plan=Plan(16, 128))
+        result = run(arguments, config)
         scores = numpy(computed_scores(arguments, config))
     assert result.redone == []
     for t in range(2):
@@ -731,10 +730,18 @@ def test_running_moments_do_not_cancel_where_the_mean_is_far_above_the_spread(pa
 
 
 @pytest.mark.parametrize("impl", ["triton", "reference"])
-@pytest.mark.parametrize("mode", ["fast", "", None, True])
-def test_other_sigmoid_modes_are_refused(mode, impl, device):
+@pytest.mark.parametrize(
+    ("mode", "error", "message"),
+    [
+        ("fast", ValueError, r"sigmoid_mode.*exact.*approximate.*'fast'"),
+        ("", ValueError, r"sigmoid_mode.*exact.*approximate"),
+        (None, TypeError, "sigmoid_mode: expected a str, got NoneType"),
+        (True, TypeError, "sigmoid_mode: expected a str, got bool"),
+    ],
+)
+def test_other_sigmoid_modes_are_refused(mode, error, message, impl, device):
     arguments = inputs("random", device, n=1, n_keys=3)
-    with pytest.raises(ValueError, match=r"sigmoid_mode.*exact.*approximate"):
+    with pytest.raises(error, match=message):
         gsa_fast.indexed_selection(
             **arguments, mean_variance=0.0, config=configuration(arguments), sigmoid_mode=mode, impl=impl
         )
@@ -838,11 +845,11 @@ def test_one_position_of_every_block_is_sampled(n_keys, stride):
     assert positions.max() < n_keys
 
 
-@pytest.mark.parametrize("stride", [4, 8, 16, 32, 64])
+@pytest.mark.parametrize("stride", [2, 4, 8, 16, 32, 64])
 def test_samples_meet_every_phase_of_a_periodic_input_about_equally(stride):
-    """Every period up to four strides: no phase gets more than twice its share of 4,096 samples."""
-    positions = sample_positions(4096 * stride, stride, torch.device("cpu"))
+    """Every period up to four strides: each phase gets between half and 1.6 times its share of 16,384 samples."""
+    positions = sample_positions(16384 * stride, stride, torch.device("cpu"))
     for period in range(2, 4 * stride + 1):
-        share = torch.bincount(positions % period, minlength=period) * (period / 4096)
-        assert share.max() < 2, period
-        assert share.min() > 0.3, period
+        share = torch.bincount(positions % period, minlength=period) * (period / 16384)
+        assert share.min() > 0.5, period
+        assert share.max() < 1.6, period
