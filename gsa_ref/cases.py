@@ -21,6 +21,7 @@ from gsa_ref.selection import Selection
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16, "float64": torch.float64}
 VALUES = ("normal", "ties", "constant", "huge", "tiny", "smooth")
+SELECTED_VALUES = (*VALUES, "nan")  # what a NaN does to a selection is defined
 SCORES = ("normal", "ties", "constant", "special", "near", "nan")
 PATTERNS = ("random", "window", "full", "holes", "empty")
 LAYOUTS = ("contiguous", "permuted", "margins")
@@ -40,8 +41,11 @@ class Limits:
 
 
 def draw_values(kind: str, shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
-    """float32 values of one of the families in `VALUES`."""
+    """float32 values of one of the families in `VALUES` or `SELECTED_VALUES`."""
     x = torch.randn(shape, generator=generator)
+    if kind == "nan":  # one vector of ten
+        x[..., 0].masked_fill_(torch.rand(shape[:-1], generator=generator) < 0.1, math.nan)
+        return x
     if kind == "ties":
         return x.clamp(-1, 1).round()
     if kind == "constant":
@@ -383,6 +387,7 @@ Draw = Callable[..., Any]  # run-time type checkers cannot handle st.DrawFn
 _SEEDS = st.integers(0, 2**16)
 _LAYOUTS = st.sampled_from(LAYOUTS)
 _VALUES = st.sampled_from(VALUES)
+_SELECTED_VALUES = st.sampled_from(SELECTED_VALUES)
 _RULES = st.sampled_from(("proportional", "inverse", "fixed"))
 _INDEXER_WIDTHS = st.sampled_from((1, 4, 8, 16, 20, 32, 64, 128))
 _HEAD_WIDTHS = st.sampled_from((2, 8, 16, 24, 32, 64, 96, 128))
@@ -429,8 +434,8 @@ def indexer_cases(draw: Draw, dtype: str, limits: Limits) -> IndexerCase:
 
 @st.composite
 def indexed_selection_cases(draw: Draw, dtype: str, limits: Limits) -> IndexedSelectionCase:
-    indexer = draw(indexer_cases(dtype, limits))
-    return IndexedSelectionCase(**dataclasses.asdict(indexer), **draw(_budget_sizes(limits)))
+    indexer = {**dataclasses.asdict(draw(indexer_cases(dtype, limits))), "values": draw(_SELECTED_VALUES)}
+    return IndexedSelectionCase(**indexer, **draw(_budget_sizes(limits)))
 
 
 @st.composite

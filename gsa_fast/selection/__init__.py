@@ -162,8 +162,8 @@ def indexed_selection(
     """Eq. 7, Eq. 8 and the selection on the GPU: `gsa_ref.indexed_selection` with the same arguments, plus `impl`.
 
     No L×S array is ever held: most scores are never stored (`streamed`). With more than `streamed.MAX_HEADS` indexer
-    heads, or budgets too large for a shortlist, those of one chunk of rows are, in at most `CHUNK_BYTES`, or one row
-    per sequence.
+    heads, or budgets or a number of keys too large for a shortlist, those of one chunk of rows are, in at most
+    `CHUNK_BYTES`, or one row per sequence.
 
     Args:
         q_idx, k_idx, head_logits, bias, start, lengths: as in `indexer_scores`.

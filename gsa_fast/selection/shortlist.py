@@ -107,7 +107,7 @@ def shortlist_kernel(
             n_new = append_candidates(p_entry, step, scores, scores >= reach[:, None], first, BLOCK_S)
             p_entry += step * n_new
             written += n_new
-            p_tile += BLOCK_S * stride_ks
+            p_tile += tl.cast(stride_ks, tl.int64) * BLOCK_S
             s += BLOCK_S
         p_statistics = statistics_ptr + chunk_row * 3 * spans  # [BLOCK_L]
         tl.store(p_statistics + span, n_span, mask=inside)

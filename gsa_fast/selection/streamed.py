@@ -81,9 +81,9 @@ def shortlist_size(k: int, stride: int) -> float:
 
 
 def rows_per_chunk(L: int, affordable: int, block_l: int) -> int:
-    """At most `affordable` rows, but one; whole tiles if there is more than one chunk."""
+    """At most `affordable` rows, but one; whole tiles if there is more than one chunk and room for a tile."""
     rows = max(1, min(L, affordable))
-    return rows if rows == L else max(1, rows // block_l * block_l)
+    return rows if rows == L or rows < block_l else rows // block_l * block_l
 
 
 def launch_streamed_selection(

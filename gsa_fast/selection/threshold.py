@@ -104,5 +104,6 @@ def threshold_kernel(
 def sample_positions(S: int, stride: int, device: torch.device) -> Tensor:
     """One position of every `stride` keys, int32 ascending: not every stride-th, which a periodic input could meet."""
     block = torch.arange(triton.cdiv(S, stride), dtype=torch.int64, device=device)
-    jitter = (block * 2654435761 >> 16) % stride  # Knuth's multiplicative hash
+    # Knuth's multiplicative hash, of the square: that of the block itself is nearly periodic.
+    jitter = (block * block * 2654435761 >> 16) % stride
     return (block * stride + jitter).clamp_(max=S - 1).to(torch.int32)

@@ -172,8 +172,8 @@ def check_indexed_selection(case: cases.IndexedSelectionCase, device: str) -> It
     The seed decides between streamed and stored scores, and between the exact and the approximate sigmoid.
     """
     arguments = case.arguments(device)
-    sigmoid_mode = gsa_fast.selection.SIGMOID_MODES[case.seed // 2 % 2]
-    with poisoned_memory(), stored_scores() if case.seed % 2 else nullcontext():
+    sigmoid_mode = gsa_fast.selection.SIGMOID_MODES[case.seed // 4 % 2]
+    with poisoned_memory(), stored_scores() if case.seed % 4 == 3 else nullcontext():
         selection, variance = gsa_fast.indexed_selection(
             **arguments,
             mean_variance=case.mean_variance,

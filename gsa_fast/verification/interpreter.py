@@ -56,12 +56,12 @@ def small_tiles(width: int = 16) -> Iterator[None]:
             (streamed, "BLOCK_S", width),
             (streamed, "SPAN", 2 * width),
             (streamed, "CAPACITY", width),
-            (streamed, "LARGE_CAPACITY", 2 * width),
-            (streamed, "LARGEST_CAPACITY", 4 * width),
+            (streamed, "LARGE_CAPACITY", 4 * width),
+            (streamed, "LARGEST_CAPACITY", 8 * width),
             (streamed, "MIN_PROGRAMS", 3),
             (streamed, "CHUNK_BYTES", 512 * width),
             (streamed, "SAMPLE_BYTES", 16 * width),
-            (streamed, "Z", 0.5),  # some shortlists turn out too short
+            (streamed, "Z", 0.0),  # many shortlists turn out too short
             (gather, "block_k", lambda block_d, dtype: width),
             (bits, "CHUNK_BYTES", 20 * width),
             *((module, "BLOCK_BROKEN", 2) for module in (bits, masked, union)),
