@@ -204,7 +204,7 @@ MUTANTS = [
         ("rows with NaN not gathered", "!= 0:\n            attend_query(", "> 1:\n            attend_query("),
         ("every row has selected something", "occupied = tl.zeros([BLOCK_K], tl.int32)", "occupied = tl.full([BLOCK_K], 1, tl.int32)"),
     ),
-    *_of("attention", "_primitives.py", ("popcount loses the upper half", "x + (x >> 16)", "x")),
+    *_of("attention", "_primitives.py", ("popcount loses a byte", "eights * 0x01010101", "eights * 0x00010101")),
     *_of(
         "attention",
         "attention/union.py",
