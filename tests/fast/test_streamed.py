@@ -4,7 +4,6 @@
 selection must equal the stable sort, with no tolerance.
 """
 
-import dataclasses
 import math
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -27,7 +26,7 @@ from gsa_fast.selection.threshold import sample_positions
 from gsa_fast.verification.checks import gold_scores, indexed_selection_verdicts, numpy
 from gsa_fast.verification.interpreter import poisoned_memory, small_tiles
 from gsa_ref import GSAConfig, Selection, equations
-from gsa_ref.cases import IndexedSelectionCase, Limits, indexed_selection_cases
+from gsa_ref.cases import Limits, indexed_selection_cases
 from gsa_ref.check import variance_interval
 from tests.fast.helpers import DTYPES, alone, examples, int32, same, widely_strided
 
@@ -98,8 +97,13 @@ class Result:
 
 
 KERNELS = (
-    "sample_scores_kernel", "threshold_kernel", "shortlist_kernel", "select_kernel", "select_large_kernel", "redo_kernel"
-)  # fmt: skip
+    "sample_scores_kernel",
+    "threshold_kernel",
+    "shortlist_kernel",
+    "select_kernel",
+    "select_large_kernel",
+    "redo_kernel",
+)
 
 
 def run(
@@ -163,7 +167,9 @@ def levels(pattern: str, n_keys: int, g: torch.Generator) -> torch.Tensor:
     }
     if pattern in marked:
         return marked[pattern] * 2.0 + (noise if pattern in ("periodic", "window", "start", "clusters") else 0.0)
-    return {"rising": s / n_keys * 4 - 2, "falling": 2 - s / n_keys * 4, "constant": torch.full((n_keys,), 0.5)}[pattern]
+    return {"rising": s / n_keys * 4 - 2, "falling": 2 - s / n_keys * 4, "constant": torch.full((n_keys,), 0.5)}[
+        pattern
+    ]
 
 
 def configuration(arguments: dict[str, Any], **changed: Any) -> GSAConfig:
@@ -268,9 +274,7 @@ def test_selection_is_the_stable_sort_of_the_computed_scores(
     arguments = inputs(pattern, device, seed=seed)
     config = configuration(arguments, rule=rule)
     with constants(Z=z):
-        result = run(
-            arguments, config, mean_variance=mean_variance, approximate=approximate, plan=Plan(16, 128)
-        )
+        result = run(arguments, config, mean_variance=mean_variance, approximate=approximate, plan=Plan(16, 128))
         assert_right(result, arguments, config, mean_variance, approximate)
 
 
@@ -618,7 +622,7 @@ def test_a_sample_without_a_margin_fails_rows_and_the_result_is_exact(device):
     with constants(Z=-1.0):
         result = run(arguments, config, plan=Plan(16, 128))
         assert_right(result, arguments, config)
-    assert 0 < len(result.redone)
+    assert len(result.redone) > 0
 
 
 def test_rows_are_redone_one_after_another_where_memory_holds_one(device):
@@ -751,9 +755,7 @@ def test_the_reference_takes_both_sigmoid_modes_and_is_exact(device):
     arguments = inputs("random", device, n=2, n_keys=20)
     config = configuration(arguments)
     exact, approximate = (
-        gsa_fast.indexed_selection(
-            **arguments, mean_variance=0.0, config=config, sigmoid_mode=mode, impl="reference"
-        )
+        gsa_fast.indexed_selection(**arguments, mean_variance=0.0, config=config, sigmoid_mode=mode, impl="reference")
         for mode in ("exact", "approximate")
     )
     assert same(exact, approximate)
