@@ -23,7 +23,7 @@ from gsa_ref.cases import Case
 # Cases per stem. The interpreter runs a program in milliseconds, so selections and whole layers get fewer there.
 GPU_EXAMPLES, GPU_QUICK_EXAMPLES = 40, 6
 INTERPRETER_EXAMPLES = {
-    "indexer": 200, "budget": 100, "gates": 200, "attention": 60, "selection": 40, "indexed_selection": 60,
+    "indexer": 200, "budget": 100, "gates": 200, "attention": 60, "selection": 40, "indexed_selection": 100,
     "layer": 30,
 }  # fmt: skip
 INTERPRETER_QUICK_EXAMPLES = {

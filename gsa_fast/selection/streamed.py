@@ -40,6 +40,7 @@ SHORTLIST_OPTIONS = {"num_warps": 4, "num_stages": 3, "maxnreg": 168}
 SAMPLE_OPTIONS = {"num_warps": 4, "num_stages": 3}
 SELECT_OPTIONS = {"num_warps": 4, "maxnreg": 168}
 LARGE_OPTIONS = {"num_warps": 8, "maxnreg": 168}
+FLOAT32_OPTIONS = {"num_warps": 8, "num_stages": 1}
 SAMPLE_TILES = 16  # per program
 
 
@@ -118,8 +119,9 @@ def launch_streamed_selection(
     """
     (B, L, H_I, d_I), S, K = q_idx.shape, k_idx.shape[1], indices.shape[-1]
     device, exact_float32 = q_idx.device, q_idx.dtype == torch.float32
-    block_l = min(BLOCK_L, 32) if exact_float32 else BLOCK_L  # an exact float32 dot needs more registers
-    options = {"num_warps": 8, "num_stages": 1} if exact_float32 else SHORTLIST_OPTIONS
+    # An exact float32 dot needs more registers.
+    block_l = min(BLOCK_L, 32 if d_I <= 64 else 16) if exact_float32 else BLOCK_L
+    options = FLOAT32_OPTIONS if exact_float32 else SHORTLIST_OPTIONS
     widths = {"H_I": H_I, "d_I": d_I, "BLOCK_D": max(16, triton.next_power_of_2(d_I)), "BLOCK_S": BLOCK_S}
     budget = k_base, k_min, k_max
 
@@ -218,7 +220,8 @@ def launch_thresholds(
             q_part, k_sample, w_part, bias, samples,
             *q_part.stride(), *k_sample.stride(), *w_part.stride(), *bias.stride(),
             rows_now, n_samples, scale,
-            **widths, TILES=SAMPLE_TILES, APPROXIMATE=approximate, **SAMPLE_OPTIONS,
+            **widths, TILES=SAMPLE_TILES, APPROXIMATE=approximate,
+            **FLOAT32_OPTIONS if q.dtype == torch.float32 else SAMPLE_OPTIONS,
         )  # fmt: skip
         block = max(16, triton.next_power_of_2(n_samples))
         threshold_kernel[(B * rows_now,)](

@@ -34,7 +34,7 @@ from gsa_ref import GSAConfig, Selection
 SHARED_MEMORY_LIMIT = {80: 166_912, 86: 101_376, 89: 101_376, 90: 232_448, 100: 232_448}
 
 # A register cap that lets one more program run on a multiprocessor may cost a few registers outside the inner loops.
-MAX_STACK = 64
+MAX_STACK = 96
 
 _POINTER_TYPES = {
     torch.float32: "*fp32", torch.float16: "*fp16", torch.bfloat16: "*bf16", torch.int32: "*i32", torch.int64: "*i64",

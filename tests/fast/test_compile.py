@@ -15,6 +15,17 @@ dtype = getattr(torch, sys.argv[1])
 for k in compile_shipped((80, 90), (dtype,), (96, 128), ((32, 8),)):
     print(k.target, k.kernel, k.shared_memory, k.shared_memory_limit, k.registers, k.stack, k.fits)
 """
+STREAMED = """
+import sys, torch
+from gsa_fast.verification.compile import compile_launch, recorded_launches, shipped_calls
+with recorded_launches() as launches:
+    for call in shipped_calls((getattr(torch, sys.argv[1]),), (64,)):
+        call()
+for launch in launches:
+    if launch.kernel.__name__ == "shortlist_kernel" and dict(launch.constants)["d_I"] == 64:
+        used = [compile_launch(launch, capability) for capability in (80, 90)]
+        print(dict(launch.constants)["APPROXIMATE"], dict(launch.options)["maxnreg"], *(k.registers for k in used))
+"""
 KERNELS = {
     "apply_gate_kernel",
     "budget_and_select_kernel",
@@ -70,9 +81,18 @@ def test_every_kernel_compiles_and_fits_sm_80_and_sm_90(dtype):
 
 
 def test_the_sample_names_every_kernel_of_the_package():
-    sources = "\n".join(path.read_text() for path in (ROOT / "gsa_fast").rglob("*.py") if path.parent.name != "bench")
+    sources = "\n".join(path.read_text() for path in (ROOT / "gsa_fast").rglob("*.py") if "bench" not in path.parts)
     defined = {line.split("(")[0].removeprefix("def ") for line in sources.splitlines() if "_kernel(" in line}
     assert {name for name in defined if name.endswith("_kernel") and not name.startswith(" ")} == KERNELS
+
+
+def test_the_register_cap_of_streamed_kernels_is_compiled_in_both_sigmoid_modes():
+    run = compile_sample("bfloat16", STREAMED)
+    assert run.returncode == 0, run.stderr
+    lines = [line.split() for line in run.stdout.splitlines()]
+    assert {approximate for approximate, *_ in lines} == {"False", "True"}
+    for _, cap, *registers in lines:
+        assert max(map(int, registers)) <= int(cap) == 168
 
 
 def test_recording_launches_is_refused_where_kernels_are_interpreted():

@@ -4,7 +4,6 @@
 selection must equal the stable sort, with no tolerance.
 """
 
-import dataclasses
 import math
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -27,7 +26,7 @@ from gsa_fast.selection.threshold import sample_positions
 from gsa_fast.verification.checks import gold_scores, indexed_selection_verdicts, numpy
 from gsa_fast.verification.interpreter import poisoned_memory, small_tiles
 from gsa_ref import GSAConfig, Selection, equations
-from gsa_ref.cases import IndexedSelectionCase, Limits, indexed_selection_cases
+from gsa_ref.cases import Limits, indexed_selection_cases
 from gsa_ref.check import variance_interval
 from tests.fast.helpers import DTYPES, alone, examples, int32, same, widely_strided
 
@@ -98,8 +97,13 @@ class Result:
 
 
 KERNELS = (
-    "sample_scores_kernel", "threshold_kernel", "shortlist_kernel", "select_kernel", "select_large_kernel", "redo_kernel"
-)  # fmt: skip
+    "sample_scores_kernel",
+    "threshold_kernel",
+    "shortlist_kernel",
+    "select_kernel",
+    "select_large_kernel",
+    "redo_kernel",
+)
 
 
 def run(
@@ -259,7 +263,7 @@ def test_chunks_of_several_tiles_of_rows(device):
 
 
 @pytest.mark.parametrize("pattern", PATTERNS)
-@examples(3)
+@examples(2)
 @given(
     seed=st.integers(0, 2**16), approximate=MODES, rule=RULES, mean_variance=st.sampled_from((0.0, 0.01, 0.1)),
     z=st.sampled_from((1.0, 4.5, 0.0)),
@@ -322,7 +326,7 @@ def test_budgets_are_clamped_and_cut_to_the_row(mean_variance, k, device):
     assert (early.selection.counts[0] <= torch.arange(1, L + 1, device=device)).all()
 
 
-@pytest.mark.parametrize("plan", [Plan(1, 512), Plan(2, 256), Plan(32, 128)])
+@pytest.mark.parametrize("plan", [Plan(1, 512), Plan(4, 256), Plan(8, 128)])
 def test_the_selection_does_not_depend_on_how_it_was_sampled(plan, device):
     """Bitwise, the variance too: rows shortlisted whole, densely and coarsely sampled ones."""
     arguments = inputs("random", device, B=2, n=4)
@@ -375,7 +379,7 @@ def test_spans_change_the_variance_within_its_interval_only(span, device):
         assert_right(result, arguments, config, 0.02)
 
 
-@examples(6)
+@examples(4)
 @given(seed=st.integers(0, 2**16), pattern=st.sampled_from(("random", "two values", "constant")), approximate=MODES)
 def test_thresholds_never_decide_what_is_selected(device, seed, pattern, approximate):
     """With random thresholds and tie positions the result is exact; shortlists that miss something are redone."""
@@ -398,7 +402,7 @@ def test_thresholds_never_decide_what_is_selected(device, seed, pattern, approxi
         assert_right(result, arguments, config, approximate=approximate)
 
 
-@examples(4)
+@examples(3)
 @given(indexed_selection_cases("float32", Limits(B=2, L=6, S=60)))
 def test_reruns_are_bitwise_equal(device, case):
     """Property 57."""
@@ -597,12 +601,10 @@ def thresholds(value: float) -> Any:
 
 
 @pytest.mark.parametrize(("failure", "value"), [("too short", 100.0), ("too long", 0.0)])
-@examples(2)
-@given(data=st.data())
-def test_rows_whose_shortlist_failed_are_computed_again_from_all_their_scores(failure, value, device, data):
-    case = data.draw(indexed_selection_cases("float32", Limits(B=2, L=6, S=60)))
-    arguments = {**inputs("random", device, B=2, seed=case.seed, n_keys=220), "start": 214}
-    config = configuration(arguments, rule=case.rule)
+@pytest.mark.parametrize("rule", ["proportional", "inverse"])
+def test_rows_whose_shortlist_failed_are_computed_again_from_all_their_scores(failure, value, rule, device):
+    arguments = {**inputs("random", device, B=2, n_keys=220), "start": 214}
+    config = configuration(arguments, rule=rule)
     with constants(), thresholds(value):
         result = run(arguments, config, mean_variance=0.02, plan=Plan(16, 128))
         assert_right(result, arguments, config, 0.02)
@@ -618,7 +620,7 @@ def test_a_sample_without_a_margin_fails_rows_and_the_result_is_exact(device):
     with constants(Z=-1.0):
         result = run(arguments, config, plan=Plan(16, 128))
         assert_right(result, arguments, config)
-    assert 0 < len(result.redone)
+    assert len(result.redone) > 0
 
 
 def test_rows_are_redone_one_after_another_where_memory_holds_one(device):
