@@ -23,7 +23,7 @@ DTYPES = ("float32", "float16", "bfloat16")
 STEMS = tuple(CHECKS)
 
 INTERPRETER_LIMITS = Limits()
-INTERPRETER_SELECTION_LIMITS = Limits(S=160)  # with `small_tiles`, most rows are then sampled
+INTERPRETER_SELECTION_LIMITS = Limits(S=240)  # with `small_tiles`, most rows are then sampled
 GPU_LIMITS = Limits(
     B=2, L=8192, S=1536, heads=4, group=8, width=512, lengths=(1, 5, 64, 65, 130, 257, 512, 1000, 2048, 4096, 8192)
 )
