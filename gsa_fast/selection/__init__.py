@@ -89,7 +89,7 @@ def _indexed_selection(
     variance = torch.empty((B, L), dtype=torch.float32, device=device)
     if B * L * S == 0:
         return indices.fill_(-1), counts.zero_(), variance.zero_()
-    plan = shortlist_plan(S, width, k_base, q_idx.shape[2])
+    plan = shortlist_plan(S, width, k_base, *q_idx.shape[2:])
     if plan is not None:
         launch_streamed_selection(
             q_idx, k_idx, head_logits, bias, mean_variance, start, lengths, scale, k_base, k_min, k_max, rule,
@@ -161,9 +161,9 @@ def indexed_selection(
 ) -> tuple[Selection, Tensor]:
     """Eq. 7, Eq. 8 and the selection on the GPU: `gsa_ref.indexed_selection` with the same arguments, plus `impl`.
 
-    No L×S array is ever held: most scores are never stored (`streamed`). With more than `streamed.MAX_HEADS` indexer
-    heads, or budgets or a number of keys too large for a shortlist, those of one chunk of rows are, in at most
-    `CHUNK_BYTES`, or one row per sequence.
+    No L×S array is ever held: most scores are never stored (`streamed`). With more indexer heads or channels than
+    `streamed.MAX_HEADS` and `MAX_CHANNELS`, or budgets or a number of keys too large for a shortlist, those of one
+    chunk of rows are, in at most `CHUNK_BYTES`, or one row per sequence.
 
     Args:
         q_idx, k_idx, head_logits, bias, start, lengths: as in `indexer_scores`.

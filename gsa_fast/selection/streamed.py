@@ -31,12 +31,15 @@ CAPACITY, LARGE_CAPACITY, LARGEST_CAPACITY = 4096, 8192, 16384
 MAX_SAMPLES = 16384
 SPAN = 4096  # keys that share statistics
 BLOCK_L, BLOCK_S = 64, 32
-MAX_HEADS = 8  # a program of `shortlist_kernel` holds the query tiles of all heads
+# A program of `shortlist_kernel` holds the query tiles of all indexer heads.
+MAX_HEADS, MAX_CHANNELS = 8, 512
 MIN_PROGRAMS = 512  # splits of the rows of a short input, until there are as many
 Z = 4.5  # standard deviations that a shortlist leaves for the luck of its sample: fails in 3 of a million rows
 
-# Three programs of 128 threads with 168 registers fit a multiprocessor. Measured on an H200.
+# Three programs of 128 threads with 168 registers fit a multiprocessor, if their query tiles do. Measured on an H200.
 SHORTLIST_OPTIONS = {"num_warps": 4, "num_stages": 3, "maxnreg": 168}
+CHANNELS_OF_THREE = 256
+WIDE_SHORTLIST_OPTIONS = {"num_warps": 4, "num_stages": 3}
 SAMPLE_OPTIONS = {"num_warps": 4, "num_stages": 3}
 SELECT_OPTIONS = {"num_warps": 4, "maxnreg": 168}
 LARGE_OPTIONS = {"num_warps": 8, "maxnreg": 168}
@@ -57,9 +60,9 @@ class Plan:
     capacity: int
 
 
-def shortlist_plan(S: int, K: int, k_base: int, H_I: int) -> Plan | None:
+def shortlist_plan(S: int, K: int, k_base: int, H_I: int, d_I: int) -> Plan | None:
     """The coarsest sampling whose shortlists almost surely fit, or None if there is none."""
-    if H_I > MAX_HEADS:
+    if H_I > MAX_HEADS or H_I * d_I > MAX_CHANNELS:
         return None
     if S <= CAPACITY:
         return Plan(1, CAPACITY)
@@ -121,7 +124,8 @@ def launch_streamed_selection(
     device, exact_float32 = q_idx.device, q_idx.dtype == torch.float32
     # An exact float32 dot needs more registers.
     block_l = min(BLOCK_L, 32 if d_I <= 64 else 16) if exact_float32 else BLOCK_L
-    options = FLOAT32_OPTIONS if exact_float32 else SHORTLIST_OPTIONS
+    narrow = H_I * d_I <= CHANNELS_OF_THREE
+    options = FLOAT32_OPTIONS if exact_float32 else SHORTLIST_OPTIONS if narrow else WIDE_SHORTLIST_OPTIONS
     widths = {"H_I": H_I, "d_I": d_I, "BLOCK_D": max(16, triton.next_power_of_2(d_I)), "BLOCK_S": BLOCK_S}
     budget = k_base, k_min, k_max
 

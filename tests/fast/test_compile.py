@@ -19,7 +19,7 @@ STREAMED = """
 import sys, torch
 from gsa_fast.verification.compile import compile_launch, recorded_launches, shipped_calls
 with recorded_launches() as launches:
-    for call in shipped_calls((getattr(torch, sys.argv[1]),), (64,)):
+    for call in shipped_calls((getattr(torch, sys.argv[1]),), (64,), ((32, 8),)):
         call()
 for launch in launches:
     if launch.kernel.__name__ == "shortlist_kernel" and dict(launch.constants)["d_I"] == 64:

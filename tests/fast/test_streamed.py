@@ -569,8 +569,9 @@ def test_one_query_or_one_key(n, n_keys, device):
     assert (result.plan.stride > 1) == (n_keys > 64)
 
 
-def test_more_heads_than_fit_take_stored_scores(device, monkeypatch):
-    arguments = inputs("random", device, H_I=streamed.MAX_HEADS + 1, n=1, n_keys=40)
+@pytest.mark.parametrize(("H_I", "d_I"), [(streamed.MAX_HEADS + 1, 4), (5, streamed.MAX_CHANNELS // 4)])
+def test_more_heads_or_channels_than_fit_take_stored_scores(H_I, d_I, device, monkeypatch):
+    arguments = inputs("random", device, H_I=H_I, d_I=d_I, n=1, n_keys=40)
     config = configuration(arguments)
     monkeypatch.setattr(package, "launch_streamed_selection", None)
     selection, variance = gsa_fast.indexed_selection(**arguments, mean_variance=0.0, config=config, impl="triton")
@@ -796,7 +797,7 @@ BUDGETS = st.integers(1, 2**15)
 @examples(300)
 @given(n_keys=SIZES, K=BUDGETS, k_base=BUDGETS, H_I=st.integers(1, 10))
 def test_a_plan_fits_the_samples_and_the_shortlists_that_it_expects(n_keys, K, k_base, H_I):
-    plan = shortlist_plan(n_keys, K, k_base, H_I)
+    plan = shortlist_plan(n_keys, K, k_base, H_I, 64)
     if H_I > streamed.MAX_HEADS:
         assert plan is None
     elif n_keys <= streamed.CAPACITY:
@@ -813,8 +814,8 @@ def test_a_plan_fits_the_samples_and_the_shortlists_that_it_expects(n_keys, K, k
 @examples(300)
 @given(n_keys=SIZES, K=BUDGETS, k_base=BUDGETS, less=st.integers(0, 2**14))
 def test_where_there_is_a_plan_there_is_one_for_a_smaller_budget_and_no_finer(n_keys, K, k_base, less):
-    plan = shortlist_plan(n_keys, K, k_base, 4)
-    easier = shortlist_plan(n_keys, max(1, K - less), max(1, k_base - less), 4)
+    plan = shortlist_plan(n_keys, K, k_base, 4, 64)
+    easier = shortlist_plan(n_keys, max(1, K - less), max(1, k_base - less), 4, 64)
     if plan is not None:
         assert easier is not None
         assert (easier.capacity, -easier.stride) <= (plan.capacity, -plan.stride) or easier.capacity < plan.capacity
@@ -832,7 +833,7 @@ def test_where_there_is_a_plan_there_is_one_for_a_smaller_budget_and_no_finer(n_
     ],
 )
 def test_plans_of_some_shapes(n_keys, K, k_base, plan):
-    found = shortlist_plan(n_keys, K, k_base, 4)
+    found = shortlist_plan(n_keys, K, k_base, 4, 64)
     assert (found is not None and found.stride > 1) if plan == "sampled" else found == plan
 
 
