@@ -146,6 +146,9 @@ def launch_streamed_selection(
     failed = torch.empty(B * L, dtype=torch.int32, device=device)
     list_sizes = torch.zeros(chunks + 1, dtype=torch.int32, device=device)
     n_failed = list_sizes[chunks:]
+    if plan.stride > 1:
+        positions = sample_positions(S, plan.stride, device)
+        k_sample = k_idx.index_select(1, positions)
 
     for i, first_row in enumerate(range(0, L, rows)):
         chunk = slice(first_row, min(first_row + rows, L))
@@ -153,8 +156,9 @@ def launch_streamed_selection(
         q, w = q_idx[:, chunk], head_logits[:, chunk]
         if plan.stride > 1:
             launch_thresholds(
-                q, k_idx, w, bias, mean_variance, start, lengths, scale, budget, rule, end - L + first_row, first_row,
-                approximate, plan.stride, widths | {"BLOCK_L": block_l}, K, threshold, tie,
+                q, k_sample, positions, w, bias, mean_variance, start, lengths, scale, budget, rule, S,
+                end - L + first_row, first_row, approximate, plan.stride, widths | {"BLOCK_L": block_l}, K,
+                threshold, tie,
             )  # fmt: skip
         shortlist_kernel[(triton.cdiv(n_rows, block_l) * splits * B,)](
             q, k_idx, w, bias, start, lengths, threshold, tie, entries, sizes, statistics,
@@ -190,7 +194,8 @@ def launch_streamed_selection(
 
 def launch_thresholds(
     q: Tensor,
-    k_idx: Tensor,
+    k_sample: Tensor,
+    positions: Tensor,
     head_logits: Tensor,
     bias: Tensor,
     mean_variance: Tensor,
@@ -199,6 +204,7 @@ def launch_thresholds(
     scale: float,
     budget: tuple[int, int, int],
     rule: str,
+    S: int,
     end: int,
     first_row: int,
     approximate: bool,
@@ -208,12 +214,13 @@ def launch_thresholds(
     threshold: Tensor,
     tie: Tensor,
 ) -> None:
-    """Fill `threshold` and `tie` [B, n_rows] for the rows q of a chunk; row i lies below position end + i + 1."""
-    B, n_rows, S, device = len(q), q.shape[1], k_idx.shape[1], q.device
-    positions = sample_positions(S, stride, device)
-    k_sample = k_idx.index_select(1, positions)
+    """Fill `threshold` and `tie` [B, n_rows] for the rows q of a chunk; row i lies below position end + i + 1.
+
+    k_sample [B, samples, d_I] holds the keys at `positions` [samples], one of every `stride` of the S keys.
+    """
+    B, n_rows = q.shape[:2]
     rows = rows_per_chunk(n_rows, SAMPLE_BYTES // (4 * B * len(positions)), widths["BLOCK_L"])
-    samples = torch.empty(B * rows * len(positions), dtype=torch.float32, device=device)
+    samples = torch.empty(B * rows * len(positions), dtype=torch.float32, device=q.device)
     for first in range(0, n_rows, rows):
         part = slice(first, min(first + rows, n_rows))
         q_part, w_part = q[:, part], head_logits[:, part]
