@@ -9,16 +9,15 @@ from gsa_fast.selection.rows import select_row
 
 
 @triton.jit
-def largest_key_reached_by(key, low, high, wanted, enough):
-    """The largest x with count(key ≥ x) ≥ wanted, or any x for which the count is in [wanted, enough]; and which.
+def threshold_key(key, low, high, wanted):
+    """Some x with count(key ≥ x) = wanted, or, where ties leave none, the wanted-th largest key.
 
-    low is at or below and high at or above that x. Steps interpolate between the counts at both ends, and every other
-    one halves the interval, so that no distribution takes more than 62.
+    low is at or below and high at or above it. Steps interpolate between the counts at both ends, and every other one
+    halves the interval, so that no distribution takes more than 62.
     """
     count_low = tl.sum((key >= low).to(tl.int32), axis=0)
     count_high = 0  # count(key > high) bounds it from below
-    exact = (count_low >= wanted) & (count_low <= enough)
-    high = tl.where(exact, low, high)
+    high = tl.where(count_low == wanted, low, high)
     steps = 0
     while low < high:
         share = (count_low - wanted).to(tl.float32) / (count_low - count_high).to(tl.float32)
@@ -28,13 +27,12 @@ def largest_key_reached_by(key, low, high, wanted, enough):
         middle = tl.minimum(tl.maximum(middle, low + 1), high)
         steps += 1
         count = tl.sum((key >= middle).to(tl.int32), axis=0)
-        exact = (count >= wanted) & (count <= enough)
         reached = count >= wanted
         low = tl.where(reached, middle, low)
         count_low = tl.where(reached, count, count_low)
-        high = tl.where(exact, middle, tl.where(reached, high, middle - 1))
+        high = tl.where(count == wanted, middle, tl.where(reached, high, middle - 1))
         count_high = tl.where(reached, count_high, count)
-    return low, exact
+    return low
 
 
 @triton.jit
@@ -67,7 +65,7 @@ def select_from_shortlist(
     place, size = entry_places(p_sizes, splits, segment, CAPACITY)
     key = tl.load(p_words + 2 * place + 1, mask=slot < size, other=-1)
     low = tl.min(tl.where(key >= 0, key, 0x7F800000), axis=0)
-    low, _ = largest_key_reached_by(key, low, tl.max(key, axis=0), kappa, kappa)
+    low = threshold_key(key, low, tl.max(key, axis=0), kappa)
     greater = (key > low).to(tl.int32)
     equal = (key == low).to(tl.int32)
     ties_wanted = kappa - tl.sum(greater, axis=0)
