@@ -56,43 +56,44 @@ def popcount(x):
 
 
 @triton.jit
-def popcount_below(word, bit):
-    """How many of the bits 0 … bit − 1 of the int32 word are set."""
+def count_if(count, score, reach):
+    """count + 1 where score ≥ reach, else count. In PTX, because `.to(tl.int32)` takes three instructions."""
     if INTERPRETED:
-        return popcount(word & ~(tl.full(bit.shape, -1, tl.int32) << bit))
+        return count + (score >= reach).to(tl.int32)
     else:
         return tl.inline_asm_elementwise(
-            "{ .reg .b32 m; bmsk.clamp.b32 m, 0, $2; and.b32 m, m, $1; popc.b32 $0, m; }",
-            "=r,r,r", [word, bit], dtype=tl.int32, is_pure=True, pack=1,
+            "{ .reg .pred p; setp.ge.f32 p, $2, $3; mov.b32 $0, $1; @p add.s32 $0, $0, 1; }",
+            "=r,r,r,r", [count, score, reach], dtype=tl.int32, is_pure=True, pack=1,
         )  # fmt: skip
 
 
 @triton.jit
-def store_entry_where(pointer, step, rank, score, position, mask):
-    """Store (score, position) as the int64 at pointer + step · rank, the score's bits in the upper half.
+def append_entry(pointer, step, score, reach, position):
+    """Where score ≥ reach, store (score, position) as the int64 at pointer; return the pointer, there moved by step.
 
-    In PTX, because `tl.store` would first move the whole tile through shared memory into a layout for neighbouring
-    addresses, and these are scattered.
+    The score's bits are the upper half. In PTX, because `tl.store` would first move the whole tile through shared
+    memory into a layout for neighbouring addresses, and these are scattered.
     """
     if INTERPRETED:
         bits = score.to(tl.int32, bitcast=True).to(tl.int64)
-        tl.store(pointer + step * rank, (bits << 32) | position.to(tl.int64), mask=mask)
+        tl.store(pointer, (bits << 32) | position.to(tl.int64), mask=score >= reach)
+        return pointer + step * (score >= reach).to(tl.int32)
     else:
         # `inline_asm_elementwise` broadcasts its arguments.
-        tl.inline_asm_elementwise(
+        moved = tl.inline_asm_elementwise(
             """
             {
             .reg .pred p;
-            .reg .b64 a;
-            setp.ne.b32 p, $6, 0;
-            mad.wide.s32 a, $3, $2, $1;
-            @p st.global.v2.b32 [a], {$5, $4};
-            mov.b32 $0, 0;
+            setp.ge.f32 p, $3, $4;
+            @p st.global.v2.b32 [$1], {$5, $3};
+            mov.b64 $0, $1;
+            @p add.s64 $0, $0, $2;
             }
             """,
-            "=r,l,r,r,r,r,r",
-            [pointer.to(tl.int64), tl.cast(step * 8, tl.int32), rank, score, position, mask.to(tl.int32)],
-            dtype=tl.int32,
+            "=l,l,l,r,r,r",
+            [pointer.to(tl.int64), tl.cast(step, tl.int64) * 8, score, reach, position],
+            dtype=tl.int64,
             is_pure=False,
             pack=1,
         )
+        return moved.to(tl.pointer_type(tl.int64))

@@ -94,7 +94,8 @@ def objects(root: Path, path: Path) -> Iterator[Tagged]:
         for child in ast.iter_child_nodes(node):
             if isinstance(child, ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
                 first = min([child.lineno, *(d.lineno for d in child.decorator_list)])
-                is_kernel = any("triton.jit" in ast.unparse(d) for d in child.decorator_list)
+                decorators = " ".join(ast.unparse(d) for d in child.decorator_list)
+                is_kernel = "triton.jit" in decorators or "gluon.jit" in decorators
                 doc = ast.get_docstring(child) or ""
                 yield Tagged(relative, prefix + child.name, first, child.end_lineno or first, doc, is_kernel)
                 if isinstance(child, ast.ClassDef):

@@ -32,6 +32,18 @@ def visible_words(start_ptr, b, first_row, row, rows, S, QUERIES: tl.constexpr, 
 
 
 @triton.jit
+def selected_keys(p_word, step, n, BLOCK_N: tl.constexpr):
+    """Which of the keys n = 0 … BLOCK_N − 1 of a block each row of a tile selected: [BLOCK_M, BLOCK_N].
+
+    p_word [BLOCK_M] points to the first word of the block in the bit mask of each row, `step` is from word to word.
+    """
+    word = tl.load(p_word)[:, None]
+    if BLOCK_N == 64:
+        word = tl.where((n < 32)[None, :], word, tl.load(p_word + step)[:, None])
+    return (word & (tl.full([BLOCK_N], 1, tl.int32) << (n % 32))[None, :]) != 0
+
+
+@triton.jit
 def selection_bits_kernel(
     indices_ptr, counts_ptr, start_ptr, bits_ptr, occupied_ptr,
     stride_ib, stride_il, stride_ik, stride_cb, stride_cl,

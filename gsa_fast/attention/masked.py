@@ -16,6 +16,7 @@ from gsa_fast.attention.bits import (
     attend_nonfinite_rows,
     end_of_broken,
     rows_per_chunk,
+    selected_keys,
     visible_words,
     words_of,
     write_selection_bits,
@@ -95,7 +96,6 @@ def attend_masked(
     p_bits = bits_ptr + b * rows * words
     row_bits = tl.minimum(row, rows - 1).to(tl.int32) * words  # [BLOCK_M]; a chunk has fewer than 2^31 words
     p_blocks = blocks_ptr + tile * capacity
-    bit = tl.full([BLOCK_N], 1, tl.int32) << (n % 32)
 
     m = tl.full([BLOCK_M], float("-inf"), tl.float32)
     l = tl.zeros([BLOCK_M], tl.float32)
@@ -106,11 +106,7 @@ def attend_masked(
         next_block = tl.load(p_blocks + i + 1)  # known an iteration ahead, so that its keys can be on their way
         # Positions past the end have no bit in any selection: any legal position may stand in for them.
         s = tl.minimum(block * BLOCK_N + n, S - 1).to(tl.int64)  # [BLOCK_N]
-        word = tl.load(p_bits + row_bits + block * (BLOCK_N // 32))[:, None]  # [BLOCK_M, 1]
-        if BLOCK_N == 64:
-            second = tl.load(p_bits + row_bits + block * (BLOCK_N // 32) + 1)[:, None]
-            word = tl.where((n < 32)[None, :], word, second)
-        selected = (word & bit[None, :]) != 0  # [BLOCK_M, BLOCK_N]
+        selected = selected_keys(p_bits + row_bits + block * (BLOCK_N // 32), 1, n, BLOCK_N)  # [BLOCK_M, BLOCK_N]
         b_k = load_keys(p_k + s * stride_ks, c, stride_kd, d_h, BLOCK_D)  # [BLOCK_N, BLOCK_D]
         if REPAIR:
             b_v, bad = load_finite(p_v + s * stride_vs, c, stride_vd, d_h)

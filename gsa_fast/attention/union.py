@@ -1,9 +1,9 @@
 """Sparse attention by union tiles: neighbouring queries share the keys that they load.
 
 A tile is some consecutive queries times the heads of one group, up to TILE_ROWS rows. Their selections overlap, so the
-kernel visits the union of them once, with a bit per query that says who selected what: K and V are gathered once per
-tile, and the matrix units see full tiles. Launches per chunk of queries: selections to bit masks, bit masks to unions,
-attention over the unions, repair of the tiles that met a value that is not finite.
+kernel visits the union of them once, with a bit mask per query that says who selected what: K and V are gathered once
+per tile, and the matrix units see full tiles. Launches per chunk of queries: selections to bit masks, bit masks to
+unions, attention over the unions, repair of the tiles that met a value that is not finite.
 """
 
 import torch
@@ -12,11 +12,13 @@ import triton.language as tl
 from torch import Tensor
 
 from gsa_fast._primitives import popcount
+from gsa_fast.attention import union_hopper
 from gsa_fast.attention.bits import (
     BLOCK_BROKEN,
     attend_nonfinite_rows,
     end_of_broken,
     rows_per_chunk,
+    selected_keys,
     visible_words,
     words_of,
     write_selection_bits,
@@ -30,22 +32,24 @@ from gsa_fast.attention.rows import (
     online_softmax_update,
     store_rows,
 )
+from gsa_fast.attention.union_hopper import union_attention_hopper_kernel
 
 TILE_ROWS = 64  # more rows: fewer gathers, but a larger union for each
 BLOCK_WORDS = 256  # words of the bit masks that a program of `union_kernel` expands at a time
-BLOCK_MEMBERS = 128  # positions of a union for which it looks up the members at a time
+BLOCK_MEMBERS = 256  # positions of a union for which it looks up at a time who selected them
 
 
 @triton.jit
 def union_kernel(
-    bits_ptr, start_ptr, positions_ptr, members_ptr, sizes_ptr,
+    bits_ptr, start_ptr, positions_ptr, masks_ptr, sizes_ptr,
     first_row, rows, words, tiles, capacity, S,
-    QUERIES: tl.constexpr, BLOCK_W: tl.constexpr, BLOCK_U: tl.constexpr, BLOCK_N: tl.constexpr,
+    QUERIES: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_W: tl.constexpr, BLOCK_U: tl.constexpr,
+    BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """One program per tile: the ascending union of its queries' selections, and for each position a bit per query.
+    """One program per tile: the ascending union of its queries' selections, and for each query a bit mask over it.
 
-    It is padded to a multiple of BLOCK_N with its own last position, which nobody selects there: attention then needs
-    no masks.
+    Bit n % 32 of masks[tile, n // 32, query] stands for the union's n-th position. The union is padded to a multiple of
+    BLOCK_N with its own last position, which nobody selects there: attention then needs no masks.
     """
     pid = tl.program_id(0).to(tl.int64)
     b = pid // tiles
@@ -53,11 +57,10 @@ def union_kernel(
     n_words = visible_words(start_ptr, b, first_row, row, rows, S, QUERIES, 1)
     p_bits = bits_ptr + (b * rows + row) * words
     p_positions = positions_ptr + pid * capacity
-    p_members = members_ptr + pid * capacity
+    p_masks = masks_ptr + pid * (capacity // 32) * QUERIES
+    query = tl.arange(0, BLOCK_Q)
     lane = tl.arange(0, 32)  # bit of a word
-    below = ~(tl.full([32], -1, tl.int32) << lane)  # the bits of lower positions
     size = 0
-    largest = 0
     for first in range(0, n_words, BLOCK_W):
         w = first + tl.arange(0, BLOCK_W)
         union = tl.zeros([BLOCK_W], tl.int32)
@@ -65,33 +68,40 @@ def union_kernel(
             union = union | tl.load(p_bits + i * words + w, mask=(w < n_words) & (row + i < rows), other=0)
         in_word = popcount(union)  # [BLOCK_W]
         before = size + tl.cumsum(in_word, axis=0) - in_word
-        slot = before[:, None] + popcount(union[:, None] & below[None, :])  # [BLOCK_W, 32]
-        taken = ((union[:, None] >> lane[None, :]) & 1) == 1
-        s = w[:, None] * 32 + lane[None, :]
-        tl.store(p_positions + slot, s, mask=taken)
-        largest = tl.maximum(largest, tl.max(tl.where(taken, s, 0)))
+        rest = union.to(tl.int64) & 0xFFFFFFFF
+        for rank in range(tl.max(in_word, axis=0)):  # the lowest bit left of every word: most words have few
+            below = (rest - 1) & ~rest
+            tl.store(p_positions + before + rank, w * 32 + popcount(below.to(tl.int32)), mask=rank < in_word)
+            rest = rest & (rest - 1)
         size += tl.sum(in_word, axis=0)
     tl.debug_barrier()  # other threads read the positions that this one has written
 
     for first in range(0, size, BLOCK_U):
         slot = first + tl.arange(0, BLOCK_U)
         s = tl.load(p_positions + slot, mask=slot < size, other=0)  # [BLOCK_U]
-        member = tl.zeros([BLOCK_U], tl.int32)
-        for i in tl.static_range(QUERIES):
-            bits = tl.load(p_bits + i * words + (s >> 5), mask=(slot < size) & (row + i < rows), other=0)
-            member = member | (((bits >> (s & 31)) & 1) << i)
-        tl.store(p_members + slot, member, mask=slot < size)
+        bits = tl.load(
+            p_bits + query[:, None] * words + (s >> 5)[None, :],
+            mask=(slot < size)[None, :] & ((query < QUERIES) & (row + query < rows))[:, None],
+            other=0,
+        )  # [BLOCK_Q, BLOCK_U]
+        chosen = tl.reshape((bits >> (s & 31)[None, :]) & 1, [BLOCK_Q, BLOCK_U // 32, 32])
+        mask = tl.sum(chosen << lane[None, None, :], axis=2)  # [BLOCK_Q, BLOCK_U / 32]
+        of_32 = first // 32 + tl.arange(0, BLOCK_U // 32)
+        tl.store(
+            p_masks + of_32[None, :] * QUERIES + query[:, None],
+            mask,
+            mask=(of_32 * 32 < capacity)[None, :] & (query < QUERIES)[:, None],
+        )
     slot = size + tl.arange(0, BLOCK_N)
-    padding = slot < tl.cdiv(size, BLOCK_N) * BLOCK_N
-    tl.store(p_positions + slot, tl.zeros([BLOCK_N], tl.int32) + largest, mask=padding)
-    tl.store(p_members + slot, tl.zeros([BLOCK_N], tl.int32), mask=padding)
+    largest = tl.load(p_positions + tl.maximum(size, 1) - 1) + tl.zeros([BLOCK_N], tl.int32)
+    tl.store(p_positions + slot, largest, mask=slot < tl.cdiv(size, BLOCK_N) * BLOCK_N)
     tl.store(sizes_ptr + pid, size)
 
 
 @triton.jit
 def attend_union(
     tile, h_kv,
-    q_ptr, k_ptr, v_ptr, positions_ptr, members_ptr, sizes_ptr, occupied_ptr,
+    q_ptr, k_ptr, v_ptr, positions_ptr, masks_ptr, sizes_ptr, occupied_ptr,
     gate_ptr, out_ptr, lse_ptr, broken_ptr, nonfinite_ptr,
     stride_qb, stride_ql, stride_qh, stride_qd,
     stride_kb, stride_ks, stride_kh, stride_kd,
@@ -120,20 +130,18 @@ def attend_union(
     p_k = k_ptr + b * stride_kb + h_kv * stride_kh
     p_v = v_ptr + b * stride_vb + h_kv * stride_vh
     p_positions = positions_ptr + tile * capacity
-    p_members = members_ptr + tile * capacity
-    bit = tl.full([BLOCK_M], 1, tl.int32) << query
+    n = tl.arange(0, BLOCK_N)  # [BLOCK_N] key of a block
+    p_masks = masks_ptr + tile * (capacity // 32) * QUERIES + tl.minimum(query, QUERIES - 1)  # [BLOCK_M]
 
     m = tl.full([BLOCK_M], float("-inf"), tl.float32)
     l = tl.zeros([BLOCK_M], tl.float32)
     acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     nonfinite = tl.zeros([BLOCK_M], tl.int32)
     for first in range(0, tl.load(sizes_ptr + tile), BLOCK_N):
-        n = first + tl.arange(0, BLOCK_N)
-        s = tl.load(p_positions + n).to(tl.int64)  # [BLOCK_N]
-        member = tl.load(p_members + n)  # [BLOCK_N]
+        s = tl.load(p_positions + first + n).to(tl.int64)  # [BLOCK_N]
         b_k = load_keys(p_k + s * stride_ks, c, stride_kd, d_h, BLOCK_D)  # [BLOCK_N, BLOCK_D]
         logits = scale_log2 * tl.dot(b_q, tl.trans(b_k), input_precision="ieee")  # [BLOCK_M, BLOCK_N]
-        selected = (member[None, :] & bit[:, None]) != 0  # [BLOCK_M, BLOCK_N]
+        selected = selected_keys(p_masks + first // 32 * QUERIES, QUERIES, n, BLOCK_N)  # [BLOCK_M, BLOCK_N]
         if REPAIR:
             b_v, bad = load_finite(p_v + s * stride_vs, c, stride_vd, d_h)
             nonfinite = nonfinite | tl.max(tl.where(selected, bad[None, :], 0), axis=1)
@@ -157,7 +165,7 @@ def attend_union(
 
 @triton.jit
 def union_attention_kernel(
-    q_ptr, k_ptr, v_ptr, positions_ptr, members_ptr, sizes_ptr, occupied_ptr,
+    q_ptr, k_ptr, v_ptr, positions_ptr, masks_ptr, sizes_ptr, occupied_ptr,
     gate_ptr, out_ptr, lse_ptr, broken_ptr, nonfinite_ptr,
     stride_qb, stride_ql, stride_qh, stride_qd,
     stride_kb, stride_ks, stride_kh, stride_kd,
@@ -173,7 +181,7 @@ def union_attention_kernel(
     # One head after the other, so that its K and V stay in L2; the last tiles first, because they have most to do.
     attend_union(
         n_tiles - 1 - pid % n_tiles, pid // n_tiles,
-        q_ptr, k_ptr, v_ptr, positions_ptr, members_ptr, sizes_ptr, occupied_ptr,
+        q_ptr, k_ptr, v_ptr, positions_ptr, masks_ptr, sizes_ptr, occupied_ptr,
         gate_ptr, out_ptr, lse_ptr, broken_ptr, nonfinite_ptr,
         stride_qb, stride_ql, stride_qh, stride_qd,
         stride_kb, stride_ks, stride_kh, stride_kd,
@@ -186,7 +194,7 @@ def union_attention_kernel(
 
 @triton.jit
 def union_repair_kernel(
-    q_ptr, k_ptr, v_ptr, positions_ptr, members_ptr, sizes_ptr, occupied_ptr,
+    q_ptr, k_ptr, v_ptr, positions_ptr, masks_ptr, sizes_ptr, occupied_ptr,
     gate_ptr, out_ptr, lse_ptr, broken_ptr, nonfinite_ptr,
     stride_qb, stride_ql, stride_qh, stride_qd,
     stride_kb, stride_ks, stride_kh, stride_kd,
@@ -205,7 +213,7 @@ def union_repair_kernel(
         if tl.load(broken_ptr + i) != 0:
             attend_union(
                 i // H_kv, i % H_kv,
-                q_ptr, k_ptr, v_ptr, positions_ptr, members_ptr, sizes_ptr, occupied_ptr,
+                q_ptr, k_ptr, v_ptr, positions_ptr, masks_ptr, sizes_ptr, occupied_ptr,
                 gate_ptr, out_ptr, lse_ptr, broken_ptr, nonfinite_ptr,
                 stride_qb, stride_ql, stride_qh, stride_qd,
                 stride_kb, stride_ks, stride_kh, stride_kd,
@@ -236,33 +244,47 @@ def attend_unions(
     block_m, block_d = max(16, triton.next_power_of_2(queries * group)), max(16, triton.next_power_of_2(d_h))
     block_n, words = keys_per_block(block_d, q.dtype), words_of(S)
     capacity = triton.cdiv(min(queries * K, S), block_n) * block_n  # the largest union that a tile may have
-    chunk_rows = rows_per_chunk(B, L, queries, 4 * (queries * (words + H_kv + 1) + 2 * capacity + H_kv + 1))
+    chunk_rows = rows_per_chunk(
+        B, L, queries, 4 * (queries * (words + H_kv + 1 + capacity // 32) + capacity + H_kv + 1)
+    )
     chunk_tiles = chunk_rows // queries
 
     bits = torch.empty(B * chunk_rows * words, dtype=torch.int32, device=device)
     occupied = torch.empty(B * chunk_rows, dtype=torch.int32, device=device)
-    positions, members = torch.empty((2, B * chunk_tiles * capacity), dtype=torch.int32, device=device)
+    positions = torch.empty(B * chunk_tiles * capacity, dtype=torch.int32, device=device)
+    masks = torch.empty(B * chunk_tiles * capacity // 32 * queries, dtype=torch.int32, device=device)
     sizes = torch.empty(B * chunk_tiles, dtype=torch.int32, device=device)
     broken = torch.empty(B * chunk_tiles * H_kv, dtype=torch.int32, device=device)
     nonfinite = torch.empty(B * chunk_rows * H_kv, dtype=torch.int32, device=device)
-    tensors = q, k, v, positions, members, sizes, occupied, gate, out, lse, broken, nonfinite
+    tensors = q, k, v, positions, masks, sizes, occupied, gate, out, lse, broken, nonfinite
     strides = *q.stride(), *k.stride(), *v.stride(), *gate.stride()
     constants = {"QUERIES": queries, "GROUP": group, "d_h": d_h, "BLOCK_M": block_m, "BLOCK_N": block_n}
     constants |= {"BLOCK_D": block_d, "OUTPUT_GATE": output_gate_logits is not None}
     num_warps = 8 if block_m * block_d > 64 * 128 or q.dtype == torch.float32 else 4
+    on_hopper = union_hopper.serves(q, k, v, gate, scale, block_m)
     for first_row in range(0, L, chunk_rows):
         rows = min(chunk_rows, L - first_row)
         tiles = triton.cdiv(rows, queries)
         write_selection_bits(indices, counts, start, bits, occupied, first_row, rows, S, queries)
         union_kernel[(B * tiles,)](
-            bits, start, positions, members, sizes,
+            bits, start, positions, masks, sizes,
             first_row, rows, words, tiles, capacity, S,
-            QUERIES=queries, BLOCK_W=BLOCK_WORDS, BLOCK_U=BLOCK_MEMBERS, BLOCK_N=block_n,
+            QUERIES=queries, BLOCK_Q=triton.next_power_of_2(queries), BLOCK_W=BLOCK_WORDS, BLOCK_U=BLOCK_MEMBERS,
+            BLOCK_N=block_n,
         )  # fmt: skip
-        union_attention_kernel[(B * tiles * H_kv,)](
-            *tensors, *strides, first_row, rows, L, H_kv, tiles, B * tiles, capacity, scale * LOG2_E,
-            **constants, num_warps=num_warps, num_stages=pipeline_stages(block_n, block_d, q.dtype),
-        )  # fmt: skip
+        if on_hopper:
+            union_attention_hopper_kernel[(B * tiles * H_kv,)](
+                *tensors[:-1], *(stride for x in (q, k, v, gate) for stride in x.stride()[:3]),
+                first_row, rows, L, H_kv, tiles, B * tiles, capacity, scale * LOG2_E,
+                QUERIES=queries, GROUP=group, d_h=d_h, BLOCK_M=block_m, BLOCK_N=block_n,
+                OUTPUT_GATE=output_gate_logits is not None, NARROW=union_hopper.is_narrow(k, v),
+                num_warps=union_hopper.NUM_WARPS,
+            )  # fmt: skip
+        else:
+            union_attention_kernel[(B * tiles * H_kv,)](
+                *tensors, *strides, first_row, rows, L, H_kv, tiles, B * tiles, capacity, scale * LOG2_E,
+                **constants, num_warps=num_warps, num_stages=pipeline_stages(block_n, block_d, q.dtype),
+            )  # fmt: skip
         union_repair_kernel[(triton.cdiv(B * tiles * H_kv, BLOCK_BROKEN),)](
             *tensors, *strides, first_row, rows, L, H_kv, tiles, B * tiles, capacity, scale * LOG2_E,
             **constants, BLOCK_I=BLOCK_BROKEN, num_warps=num_warps, num_stages=1,
@@ -274,7 +296,7 @@ def attend_unions(
 
 
 def queries_per_tile(group: int) -> int:
-    """As many queries as fill TILE_ROWS rows; a position of the union has one bit for each, so at most 32."""
+    """As many queries as fill TILE_ROWS rows; at most 32."""
     return max(1, min(32, TILE_ROWS // group))
 
 

@@ -7,8 +7,10 @@ from gsa_fast._primitives import fast_divide, stable_sigmoid, tanh_approximate
 
 LOG2_E = tl.constexpr(1.4426950408889634)
 HALF_LN_2 = tl.constexpr(-0.34657359027997264)  # from −z log2 e to z/2
-# (1 + 2^60)² is a float32; σ(−60 ln 2) < 10^−18.
-LARGEST_EXPONENT = tl.constexpr(60.0)
+# (1 + 2^30)⁴ is a float32; σ(−30 ln 2) < 10^−9.
+LARGEST_EXPONENT = tl.constexpr(30.0)
+# A little more than ½, so that a sum of σ(z) = ½ + ½ tanh(z/2) never rounds below 0: scores are ordered by their bits.
+HALF_UP = tl.constexpr(0.5 * (1 + 2**-19))
 
 
 @triton.jit
@@ -32,46 +34,59 @@ def load_queries(
 
 
 @triton.jit
-def one_plus_exp2(b_q, b_kt, factor, bias):
-    """1 + e with e = exp(−z), [BLOCK_L, BLOCK_S]."""
+def exp2_of_minus_z(b_q, b_kt, factor, bias):
+    """e = exp(−z), [BLOCK_L, BLOCK_S]."""
     x = factor * tl.dot(b_q, b_kt, input_precision="ieee") + bias
-    return 1.0 + tl.exp2(tl.minimum(x, LARGEST_EXPONENT, propagate_nan=tl.PropagateNan.ALL))
+    return tl.exp2(tl.minimum(x, LARGEST_EXPONENT, propagate_nan=tl.PropagateNan.ALL))
 
 
 @triton.jit
 def two_heads(b_q, weight, bias, b_kt, factor, j: tl.constexpr, H_I: tl.constexpr):
-    """a σ(z) + a' σ(z') of heads j and j + 1, with one division: (a(1+e') + a'(1+e)) / ((1+e)(1+e'))."""
-    denominator = one_plus_exp2(b_q[j], b_kt, factor, bias[j])
+    """a σ(z) + a' σ(z') of heads j and j + 1 as a fraction: (a + a' + a e' + a' e) / ((1 + e)(1 + e'))."""
+    e = exp2_of_minus_z(b_q[j], b_kt, factor, bias[j])
     if j + 1 < H_I:
-        other = one_plus_exp2(b_q[j + 1], b_kt, factor, bias[j + 1])
-        numerator = weight[j][:, None] * other + weight[j + 1][:, None] * denominator
-        return fast_divide(numerator, denominator * other)
+        other = exp2_of_minus_z(b_q[j + 1], b_kt, factor, bias[j + 1])
+        numerator = weight[j][:, None] * other + (weight[j] + weight[j + 1])[:, None]
+        numerator = weight[j + 1][:, None] * e + numerator
+        denominator = 1.0 + e
+        return numerator, denominator * other + denominator
     else:
-        return fast_divide(tl.broadcast_to(weight[j][:, None], denominator.shape), denominator)
+        return tl.broadcast_to(weight[j][:, None], e.shape), 1.0 + e
+
+
+@triton.jit
+def four_heads(b_q, weight, bias, b_kt, factor, j: tl.constexpr, H_I: tl.constexpr):
+    """Σ a σ(z) of up to four heads from j on, with one division."""
+    numerator, denominator = two_heads(b_q, weight, bias, b_kt, factor, j, H_I)
+    if j + 2 < H_I:
+        other_numerator, other_denominator = two_heads(b_q, weight, bias, b_kt, factor, j + 2, H_I)
+        numerator = numerator * other_denominator + other_numerator * denominator
+        denominator = denominator * other_denominator
+    return fast_divide(numerator, denominator)
 
 
 @triton.jit
 def score_tile(b_q, weight, bias, b_k, factor, H_I: tl.constexpr, APPROXIMATE: tl.constexpr):
     """Eq. 7 for a tile: Σ_j a_j σ(z_j), [BLOCK_L, BLOCK_S]; factor is −scale · log2 e.
 
-    Exact: σ(z) = 1 / (1 + e) with e = 2^(−z log2 e); two heads share a division, because special functions are the
+    Exact: σ(z) = 1 / (1 + e) with e = 2^(−z log2 e); four heads share a division, because special functions are the
     scarcest instructions here. Approximate: σ(z) = ½ + ½ tanh(z/2), one instruction with a relative error of 2^−11.
     """
     b_kt = tl.trans(b_k)
     if APPROXIMATE:
-        total = 0.5 * weight[0]
+        total = HALF_UP * weight[0]
         for j in tl.static_range(1, H_I):
-            total += 0.5 * weight[j]
+            total += HALF_UP * weight[j]
         scores = total[:, None]
         for j in tl.static_range(H_I):
             half_z = (factor * HALF_LN_2) * tl.dot(b_q[j], b_kt, input_precision="ieee") + bias[j] * HALF_LN_2
             scores = scores + (0.5 * weight[j])[:, None] * tanh_approximate(half_z)
-        return tl.maximum(scores, 0.0, propagate_nan=tl.PropagateNan.ALL)  # rounding may go below
+        return scores
     else:
-        for j in tl.static_range(0, H_I, 2):
-            pair = two_heads(b_q, weight, bias, b_kt, factor, j, H_I)
+        for j in tl.static_range(0, H_I, 4):
+            part = four_heads(b_q, weight, bias, b_kt, factor, j, H_I)
             if j == 0:
-                scores = pair
+                scores = part
             else:
-                scores += pair
+                scores += part
         return scores

@@ -3,34 +3,69 @@
 import triton
 import triton.language as tl
 
-from gsa_fast._primitives import count_visible, fast_divide, popcount, popcount_below, store_entry_where
+from gsa_fast._primitives import append_entry, count_if, count_visible
 from gsa_fast.selection.scores import LOG2_E, load_queries, score_tile
 
 MASKED = tl.constexpr(-2.0)  # below every score, and below the threshold −1 of a row that is shortlisted whole
 
 
-@triton.jit
-def append_candidates(p_entry, step, scores, candidate, first, BLOCK_S: tl.constexpr):
-    """Store (score, position) of each row's candidates at p_entry, p_entry + step, … ; how many they are.
+# A row of a matrix product is spread over four threads; thread q holds columns 2q, 2q + 1, 8 + 2q, 8 + 2q + 1, …
+# Keys are loaded in an order that makes these columns neighbouring keys: what a thread keeps apart (sums, counts) then
+# is about a run of keys, and costs no exchange. Nothing but speed depends on how a compiler lays out tiles.
+RUNS = tl.constexpr(4)
 
-    In the order of their positions: a bit mask of the row's tile, and the population count of the bits before each.
+
+@triton.jit
+def key_of_column(BLOCK_S: tl.constexpr):
+    """The key, counted from the tile's first, whose scores are column c of a tile: [BLOCK_S]."""
+    c = tl.arange(0, BLOCK_S)
+    return (c % 8 // 2) * (BLOCK_S // RUNS) + c // 8 * 2 + c % 2
+
+
+@triton.jit
+def runs_of_keys(x):
+    """A tile [BLOCK_L, BLOCK_S] with columns as in `key_of_column`, by runs of neighbouring keys: [BLOCK_L, 4, run]."""
+    x = tl.reshape(x, [x.shape[0], x.shape[1] // 8, RUNS, 2])
+    return tl.reshape(tl.permute(x, [0, 2, 1, 3]), [x.shape[0], RUNS, x.shape[1] * 2])
+
+
+@triton.jit
+def keys_of_runs(x):
+    """The keys of every run, in their order: a tuple of [BLOCK_L, 4]."""
+    parts = (x,)
+    for _ in tl.static_range(2 if x.shape[2] == 4 else 3 if x.shape[2] == 8 else 4):  # log₂
+        halves = ()
+        for i in tl.static_range(len(parts)):
+            part = tl.reshape(parts[i], [x.shape[0], RUNS, 2, parts[i].shape[2] // 2])
+            low, high = tl.split(tl.permute(part, [0, 1, 3, 2]))  # [BLOCK_L, 4, half a run]
+            if low.shape[2] == 1:
+                low, high = tl.reshape(low, [x.shape[0], RUNS]), tl.reshape(high, [x.shape[0], RUNS])
+            halves += (low, high)  # type: ignore[assignment]
+        parts = halves  # type: ignore[assignment]
+    return parts
+
+
+@triton.jit
+def append_candidates(p_entry, step, scores, reach, first):
+    """Store (score, position) of each row's scores ≥ reach at p_entry, p_entry + step, … ; how many they are.
+
+    In the order of their positions. Scores by runs of keys, [BLOCK_L, 4, run]; `first` is the first key's position.
     """
-    col = tl.arange(0, BLOCK_S)
-    shape = tl.zeros_like(candidate.to(tl.int32))
-    bit = tl.full([BLOCK_S], 1, tl.int32) << (col & 31)
-    word = tl.sum(tl.where(candidate & (col < 32)[None, :], bit[None, :], 0), axis=1)
-    n = popcount(word)
-    if BLOCK_S <= 32:
-        rank = popcount_below(word[:, None] + shape, col[None, :] + shape)
-    else:
-        high_word = tl.sum(tl.where(candidate & (col >= 32)[None, :], bit[None, :], 0), axis=1)
-        rank = popcount_below(
-            tl.where((col < 32)[None, :], word[:, None], high_word[:, None]), (col & 31)[None, :] + shape
-        )
-        rank = tl.where((col < 32)[None, :], rank, rank + n[:, None])
-        n += popcount(high_word)
-    store_entry_where(p_entry[:, None], step, rank, scores, (first + col)[None, :], candidate)
-    return n
+    run = tl.arange(0, RUNS)
+    part = keys_of_runs(scores)
+    count = tl.zeros([scores.shape[0], RUNS], tl.int32)
+    for i in tl.static_range(scores.shape[2]):
+        count = count_if(count, part[i], reach[:, None])
+    # Up to 16 each, so four counts fit a word, and so do those of this run and the runs before it.
+    counts = tl.sum(count << (8 * run)[None, :], axis=1)
+    up_to = counts + (counts << 8)
+    up_to += up_to << 16
+    rank = ((up_to[:, None] >> (8 * run)[None, :]) & 255) - count
+    pointer = p_entry[:, None] + step * rank
+    position = first + run * scores.shape[2]
+    for i in tl.static_range(scores.shape[2]):
+        pointer = append_entry(pointer, step, part[i], reach[:, None], (position + i)[None, :])
+    return up_to >> 24
 
 
 @triton.jit
@@ -69,6 +104,7 @@ def shortlist_kernel(
     tie = tl.load(tie_ptr + chunk_row, mask=inside, other=0)
     c = tl.arange(0, BLOCK_D).to(tl.int64)
     p_k = k_ptr + b * stride_kb + c[None, :] * stride_kd
+    column = key_of_column(BLOCK_S)
     step = 1 - 2 * (split % 2)
     p_entry = entries_ptr + (chunk_row * ((splits + 1) // 2) + split // 2) * segment + (split % 2) * (segment - 1)
     written = tl.zeros([BLOCK_L], tl.int32)
@@ -78,40 +114,43 @@ def shortlist_kernel(
     for span in range(first_span, used_spans * (split + 1) // splits):
         first_key = span * SPAN
         n_span = tl.minimum(tl.maximum(n_visible - first_key, 0), SPAN).to(tl.float32)
-        mean = tl.zeros([BLOCK_L], tl.float32)
-        m2 = tl.zeros([BLOCK_L], tl.float32)
-        s = first_key + tl.arange(0, BLOCK_S)  # [BLOCK_S]
-        p_tile = p_k + s.to(tl.int64)[:, None] * stride_ks
+        shift = tl.zeros([BLOCK_L], tl.float32)
+        total = tl.zeros([BLOCK_L, RUNS], tl.float32)
+        squares = tl.zeros([BLOCK_L, RUNS], tl.float32)
+        p_tile = p_k + (first_key + column).to(tl.int64)[:, None] * stride_ks
         for first in range(first_key, tl.minimum(last_key, first_key + SPAN), BLOCK_S):
+            s = first + column  # [BLOCK_S]
             b_k = tl.load(p_tile, mask=(s < S)[:, None] & (c < d_I)[None, :], other=0.0)  # [BLOCK_S, BLOCK_D]
             scores = score_tile(b_q, weight, bias, b_k, -scale * LOG2_E, H_I, APPROXIMATE)  # [BLOCK_L, BLOCK_S]
             if first + BLOCK_S > full:
                 scores = tl.where(s[None, :] < n_visible[:, None], scores, MASKED)
+            by_run = runs_of_keys(scores)  # [BLOCK_L, 4, BLOCK_S / 4]
             if first == first_key:
-                # Any score of the row will do; the largest makes equal scores deviate by exactly 0.
-                mean = tl.maximum(tl.max(scores, axis=1), 0.0)
-            # Deviations from the running mean do not cancel, unlike Σx and Σx²; one pass, unlike those from the tile's.
-            deviation = scores - mean[:, None]
+                # Σ and Σ² of deviations do not cancel if they are from a score that is no outlier; and equal scores
+                # deviate from one of their own by exactly 0.
+                highest = tl.max(by_run, axis=2)
+                lowest = tl.min(tl.where(highest < 0.0, float("inf"), highest), axis=1)
+                shift = tl.where(lowest < float("inf"), lowest, 0.0)
+            deviation = by_run - shift[:, None, None]
             if first + BLOCK_S > full:
-                deviation = tl.where(scores == MASKED, 0.0, deviation)
-            total = tl.sum(deviation, axis=1)
-            n = tl.minimum(n_span, first - first_key + BLOCK_S)
-            shift = fast_divide(total, tl.maximum(n, 1.0))
-            mean += shift
-            m2 += tl.sum(deviation * deviation, axis=1) - total * shift
+                deviation = tl.where(by_run == MASKED, 0.0, deviation)
+            total += tl.sum(deviation, axis=2)
+            squares += tl.sum(deviation * deviation, axis=2)
             # Past `tie`, an equal score is no candidate: the next larger number is the threshold.
             next_larger = (threshold.to(tl.int32, bitcast=True) + 1).to(tl.float32, bitcast=True)
             reach = tl.where(first <= tie, threshold, next_larger)
             cut = cut | (written > segment - BLOCK_S)
             reach = tl.where(cut, float("inf"), reach)
-            n_new = append_candidates(p_entry, step, scores, scores >= reach[:, None], first, BLOCK_S)
+            n_new = append_candidates(p_entry, step, by_run, reach, first)
             p_entry += step * n_new
             written += n_new
             p_tile += tl.cast(stride_ks, tl.int64) * BLOCK_S
-            s += BLOCK_S
         p_statistics = statistics_ptr + chunk_row * 3 * spans  # [BLOCK_L]
+        row_total = tl.sum(total, axis=1)
+        mean_deviation = row_total / tl.maximum(n_span, 1.0)
+        m2 = tl.maximum(tl.sum(squares, axis=1) - row_total * mean_deviation, 0.0, propagate_nan=tl.PropagateNan.ALL)
         tl.store(p_statistics + span, n_span, mask=inside)
-        tl.store(p_statistics + spans + span, mean, mask=inside)
+        tl.store(p_statistics + spans + span, shift + mean_deviation, mask=inside)
         tl.store(p_statistics + 2 * spans + span, m2, mask=inside)
     # A segment that was cut may lack candidates: a size above any capacity says so.
     tl.store(sizes_ptr + chunk_row * splits + split, tl.where(cut, 1 << 30, written), mask=inside)

@@ -22,11 +22,12 @@ import triton
 from tqdm import tqdm
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
+from triton.experimental.gluon._runtime import GluonASTSource
 from triton.runtime.jit import JITFunction
 
 import gsa_fast
 from gsa_fast import _backend
-from gsa_fast.attention import METHODS
+from gsa_fast.attention import METHODS, union_hopper
 from gsa_fast.verification.interpreter import attention_method
 from gsa_ref import GSAConfig, Selection
 
@@ -116,7 +117,8 @@ def compile_launch(launch: Launch, capability: int) -> CompiledKernel:
     attributes = {(i,): [["tt.divisibility", 16]] for i in launch.divisible_by_16}
     names = list(dict(launch.signature))
     constants = {(names.index(name),): value for name, value in launch.constants}
-    source = ASTSource(launch.kernel, dict(launch.signature), constants, attributes)
+    source_type = GluonASTSource if launch.kernel.is_gluon() else ASTSource
+    source = source_type(launch.kernel, dict(launch.signature), constants, attributes)
     compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=dict(launch.options))
     registers, stack = _resource_usage(compiled.asm["cubin"])
     return CompiledKernel(
@@ -168,12 +170,19 @@ def shipped_calls(
                 for method in METHODS if dtype != torch.float32 else ("gather",):
                     for gate in (None, q):
                         yield partial(_attend_by, method, q, k, k, selection, output_gate_logits=gate, impl="triton")
+                        if method == "union" and d_h in union_hopper.HEAD_WIDTHS:
+                            yield partial(_attend_on_hopper, q, k, k, selection, output_gate_logits=gate, impl="triton")
         yield partial(gsa_fast.apply_gate, q, q, impl="triton")
 
 
 def _attend_by(method: str, *args: Any, **kwargs: Any) -> Any:
     with attention_method(method):
         return gsa_fast.sparse_attention(*args, **kwargs)
+
+
+def _attend_on_hopper(*args: Any, **kwargs: Any) -> Any:
+    with mock.patch.object(union_hopper, "on_hopper", return_value=True):
+        return _attend_by("union", *args, **kwargs)
 
 
 def compile_shipped(
@@ -186,7 +195,12 @@ def compile_shipped(
     with recorded_launches() as launches:
         for call in shipped_calls(dtypes, head_widths, heads):
             call()
-    work = [(launch, capability) for capability in capabilities for launch in launches]
+    work = [
+        (launch, capability)
+        for capability in capabilities
+        for launch in launches
+        if capability == 90 or not launch.kernel.is_gluon()
+    ]
     return [compile_launch(*item) for item in tqdm(work, unit="kernel", leave=False, disable=None)]
 
 

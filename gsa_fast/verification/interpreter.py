@@ -78,11 +78,11 @@ def small_tiles(width: int = 16) -> Iterator[None]:
             *((module, "BLOCK_BROKEN", 2) for module in (bits, masked, union)),
             (union, "TILE_ROWS", width // 2),
             (union, "BLOCK_WORDS", 1),
-            (union, "BLOCK_MEMBERS", width // 2),
+            (union, "BLOCK_MEMBERS", 32),  # one word
             (masked, "TILE_ROWS", width // 2),
             (masked, "BLOCKS_AT_A_TIME", 1),
             (masked, "keys_per_block", lambda block_d, dtype: 128 // dtype.itemsize),
-            (union, "keys_per_block", lambda block_d, dtype: width),
+            (union, "keys_per_block", lambda block_d, dtype: 32),
         ):
             stack.enter_context(mock.patch.object(module, name, value))
         yield
