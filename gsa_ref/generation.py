@@ -144,7 +144,7 @@ def generate(
         token = sample(logits, temperature=temperature, top_p=top_p, generator=generator)  # [B]
         if stop_token is not None:
             token = token.masked_fill(ended, stop_token)
-            ended |= token == stop_token
+            ended = token == stop_token
         tokens[row, end] = token
         end += 1
         new.append(token)

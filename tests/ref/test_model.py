@@ -225,6 +225,28 @@ def test_gradients_reach_every_parameter_but_the_indexer(variant):
             assert parameter.grad.any(), name
 
 
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("lengths", [None, int32(30, 11)])
+def test_gradients_match_a_difference_of_losses(variant, lengths):
+    """In one random direction of all parameters but the indexer's: the selection stays as it is."""
+    model, tokens, g = build_model(variant), distinct_tokens(2, 30), torch.Generator().manual_seed(0)
+    parameters = [p for name, p in model.named_parameters() if "indexer." not in name]
+    direction = [torch.randn(p.shape, generator=g, dtype=p.dtype) for p in parameters]
+
+    def loss() -> torch.Tensor:
+        return model(tokens, lengths=lengths).logits.log_softmax(-1)[..., 7].mean()
+
+    gradient = torch.autograd.grad(loss(), parameters)
+    expected = sum(float((x * v).sum()) for x, v in zip(gradient, direction, strict=True))
+    step, values = 1e-6, []
+    with torch.no_grad():
+        for sign in (1, -2):
+            for p, v in zip(parameters, direction, strict=True):
+                p += sign * step * v
+            values.append(float(loss()))
+    assert math.isclose((values[0] - values[1]) / (2 * step), expected, rel_tol=1e-6)
+
+
 def test_a_model_learns_one_sentence():
     torch.manual_seed(0)
     model = LanguageModel(CONFIG).train()
