@@ -191,6 +191,8 @@ class GSACache:
     def grow(self, capacity: int) -> None:
         """Make room for `capacity` tokens per sequence by copying into larger buffers; old and new exist meanwhile.
 
+        What knows the buffers by their addresses, such as a captured CUDA graph, must be made again.
+
         Raises:
             TypeError: capacity is not an int.
             ValueError: capacity is below the present one.

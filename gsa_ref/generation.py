@@ -1,9 +1,10 @@
 """Text from a `LanguageModel`: bytes as tokens, sampling, and generation over the layers' caches."""
 
+from collections.abc import Iterable
+
 import torch
 from jaxtyping import Float, Int32, Int64
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from gsa_ref._arguments import FLOATING, check_int, check_lengths, check_number, check_same_device, check_tensor
 from gsa_ref.model import LanguageModel
@@ -136,7 +137,12 @@ def generate(
     caches = model.allocate_caches(B, T + max_new_tokens - 1) if use_cache else None
     ended = torch.zeros(B, dtype=torch.bool, device=device)
     new: list[Tensor] = []
-    for n in tqdm(range(max_new_tokens), unit="token", leave=False, disable=None if progress else True):
+    steps: Iterable[int] = range(max_new_tokens)
+    if progress:
+        from tqdm import tqdm  # the rest of gsa_ref runs without it
+
+        steps = tqdm(steps, unit="token", leave=False, disable=None)
+    for n in steps:
         if caches is None or n == 0:
             logits = model(tokens[:, : T + n], caches=caches, lengths=end.int()).logits[row, end - 1]  # [B, V]
         else:

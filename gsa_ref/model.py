@@ -162,7 +162,7 @@ class LanguageModel(nn.Module):
             self._check_caches(caches, *tokens.shape)
         if lengths is None:
             x = self.embedding(tokens)  # [B, L, d]
-        else:
+        else:  # a row of 0 stays 0 through every block, whatever token the padding holds
             padding = torch.arange(tokens.shape[1], device=tokens.device) >= lengths[:, None]  # [B, L]
             x = self.embedding(tokens.masked_fill(padding, 0)).masked_fill(padding[..., None], 0)
         losses = []

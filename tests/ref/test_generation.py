@@ -1,5 +1,7 @@
 """Text generation: the cache changes nothing, and only what the nucleus holds is drawn."""
 
+import io
+import sys
 from typing import Any
 
 import numpy as np
@@ -135,9 +137,18 @@ def test_an_empty_batch_has_no_continuation():
         assert generate(build_model(), prompts([3])[:0], max_new_tokens=4, **sampling).shape == (0, 4)
 
 
-def test_progress_shows_a_bar_in_a_terminal_only(capsys):
-    generate(build_model(), "a", max_new_tokens=2, progress=True)
-    assert capsys.readouterr() == ("", "")
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+@pytest.mark.parametrize("progress", [False, True])
+@pytest.mark.parametrize("stream", [io.StringIO, Terminal])
+def test_progress_shows_a_bar_in_a_terminal_only(monkeypatch, progress, stream):
+    shown = stream()
+    monkeypatch.setattr(sys, "stderr", shown)
+    generate(build_model(), "a", max_new_tokens=2, progress=progress)
+    assert ("token" in shown.getvalue()) == (progress and stream is Terminal)
 
 
 # --- text ---------------------------------------------------------------------------------------------------------
