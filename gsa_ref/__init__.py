@@ -9,8 +9,10 @@ from gsa_ref.budget import score_variance, token_budget
 from gsa_ref.cache import GSACache
 from gsa_ref.config import GSAConfig
 from gsa_ref.gates import apply_gate
+from gsa_ref.generation import generate
 from gsa_ref.indexer import LightningIndexer, indexer_scores
 from gsa_ref.layer import GatedSparseAttention, GSAOutput
+from gsa_ref.model import LanguageModel, ModelConfig, ModelOutput
 from gsa_ref.rope import apply_rope
 from gsa_ref.selection import Selection, indexed_selection, select_tokens
 
@@ -19,11 +21,15 @@ __all__ = [
     "GSAConfig",
     "GSAOutput",
     "GatedSparseAttention",
+    "LanguageModel",
     "LightningIndexer",
+    "ModelConfig",
+    "ModelOutput",
     "Selection",
     "apply_gate",
     "apply_rope",
     "dense_attention",
+    "generate",
     "indexed_selection",
     "indexer_scores",
     "score_variance",

@@ -127,7 +127,7 @@ class GatedSparseAttention(nn.Module):
             if self.training and torch.is_grad_enabled():
                 raise ValueError("cache: expected None in training mode (a cache carries no gradient), got a GSACache")
             cache.check(c, B, L, k)  # under autocast k has another dtype than h
-            start = cache.lengths
+            start = cache.lengths.clone()  # append changes lengths in place
 
         q = apply_rope(q, start=start, theta=c.rope_theta)
         k = apply_rope(k, start=start, theta=c.rope_theta)

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 
-from gsa_ref import GSACache, GSAConfig, Selection
+from gsa_ref import GSACache, GSAConfig, LanguageModel, ModelConfig, Selection
 from gsa_ref import _arguments as arguments
 
 pytestmark = pytest.mark.bad_input
@@ -59,7 +59,19 @@ VALID: dict[str, dict[str, Any]] = {
     "apply_gate": {"x": zeros(2, 3), "gate_logits": zeros(2, 3)},
     "GatedSparseAttention.forward": {"h": zeros(2, 3, 8), "cache": None, "lengths": None},
 }
-ONLY_REFERENCE: dict[str, dict[str, Any]] = {"apply_rope": {"x": zeros(2, 3, 4, 4), "start": 0, "theta": 100.0}}
+ONLY_REFERENCE: dict[str, dict[str, Any]] = {
+    "apply_rope": {"x": zeros(2, 3, 4, 4), "start": 0, "theta": 100.0},
+    "generate": {
+        "model": LanguageModel(ModelConfig(attention=CONFIG, n_layers=1, d_ff=8)).eval(),
+        "prompt": ints(2, 3, dtype=torch.int64),
+        "max_new_tokens": 2,
+        "lengths": None,
+        "temperature": 1.0,
+        "top_p": 0.5,
+        "generator": None,
+        "stop_token": 0,
+    },
+}
 
 
 @dataclass(frozen=True)
@@ -298,6 +310,30 @@ REFERENCE_TABLE = [
     wrong("apply_rope", "start", ints(2, device="meta"), ValueError, "device cpu as x", "meta"),
     wrong("apply_rope", "theta", 0.0, ValueError, "a finite positive number", "0.0"),
     wrong("apply_rope", "theta", "1e4", TypeError, "a number", "str '1e4'"),
+    wrong("generate", "model", {"d": 8}, TypeError, "a LanguageModel", "dict"),
+    not_a_tensor("generate", "prompt", [1, 2]),
+    wrong("generate", "prompt", ints(2, 3), TypeError, "dtype int64", "torch.int32"),
+    wrong("generate", "prompt", ints(3, dtype=torch.int64), ValueError, "shape [B, T]", "[3]"),
+    wrong("generate", "prompt", ints(2, 0, dtype=torch.int64), ValueError, "at least one token", "shape [2, 0]"),
+    wrong("generate", "prompt", ints(2, 3, dtype=torch.int64, device="meta"), ValueError, "device cpu", "meta"),
+    wrong("generate", "max_new_tokens", 0, ValueError, "an int ≥ 1", "0"),
+    wrong("generate", "max_new_tokens", 2.0, TypeError, "an int", "float 2.0"),
+    not_a_tensor("generate", "lengths", [3, 3]),
+    wrong("generate", "lengths", ints(2).long(), TypeError, "dtype int32", "torch.int64"),
+    wrong("generate", "lengths", ints(3), ValueError, "shape [B=2]", "[3]"),
+    wrong("generate", "lengths", ints(2, device="meta"), ValueError, "device cpu as model", "meta"),
+    wrong("generate", "lengths", 0 * ints(2), ValueError, "1 ≤ lengths ≤ T = 3 tokens in every prompt", "[0, 0]"),
+    wrong("generate", "lengths", 4 * ints(2), ValueError, "1 ≤ lengths ≤ T = 3 tokens in every prompt", "[4, 4]"),
+    wrong("generate", "temperature", -0.5, ValueError, "at least 0", "-0.5"),
+    wrong("generate", "temperature", math.nan, ValueError, "a finite number", "nan"),
+    wrong("generate", "temperature", "1", TypeError, "a number", "str '1'"),
+    wrong("generate", "top_p", 0.0, ValueError, "0 < top_p ≤ 1", "0.0"),
+    wrong("generate", "top_p", 1.5, ValueError, "0 < top_p ≤ 1", "1.5"),
+    wrong("generate", "top_p", None, TypeError, "a number", "NoneType None"),
+    wrong("generate", "generator", 0, TypeError, "a torch.Generator", "int"),
+    wrong("generate", "stop_token", -1, ValueError, "an int ≥ 0", "-1"),
+    wrong("generate", "stop_token", 257, ValueError, "below V = 257", "257"),
+    wrong("generate", "stop_token", "a", TypeError, "an int", "str 'a'"),
 ]
 
 

@@ -172,6 +172,180 @@ def test_autocast_wants_a_cache_of_its_own_dtype(variant):
     assert unchanged(wide, before)
 
 
+# --- rollback, beams, growth --------------------------------------------------------------------------------------
+
+TINY = GSAConfig(d=4, H=1, H_kv=1, d_h=2, H_I=1, d_I=2, k_base=2, k_min=1, k_max=4)
+
+
+def rows(tokens: list[list[float]], width: int, config: GSAConfig) -> list[torch.Tensor | None]:
+    """k, v and k_idx of distinct values per token, NaN in the padding."""
+    t = torch.tensor([[*row, *[torch.nan] * (width - len(row))] for row in tokens], dtype=torch.float64)
+    t = t.reshape(len(tokens), width)
+    k = t[..., None, None].expand(-1, -1, config.H_kv, config.d_h)
+    k_idx = -t[..., None].expand(-1, -1, config.d_I) if config.sparse else None
+    return [k, k + 0.5, k_idx]
+
+
+def holds(cache: GSACache, expected: list[list[float]], config: GSAConfig) -> bool:
+    """Whether the cache is exactly these tokens, with 0 in every free slot."""
+    padded = [row + [0.0] * (cache.capacity - len(row)) for row in expected]
+    k, v, k_idx = rows(padded, cache.capacity, config)
+    free = torch.arange(cache.capacity) >= cache.lengths[:, None]
+    v = v.masked_fill(free[..., None, None], 0)
+    return (
+        cache.lengths.tolist() == [len(row) for row in expected]
+        and cache.longest >= max(map(len, expected), default=0)
+        and torch.equal(cache.k, k)
+        and torch.equal(cache.v, v)
+        and (torch.equal(cache.k_idx, k_idx) if config.sparse else cache.k_idx is None)
+    )
+
+
+def draw_append(data: st.DataObject, cache: GSACache, model: list[list[float]], config: GSAConfig, first: int) -> None:
+    """Append a ragged batch, or see it refused where its width does not fit behind the longest sequence."""
+    width = data.draw(st.integers(0, 4))
+    n_new = [data.draw(st.integers(0, width)) for _ in model]
+    tokens = [[float(first + 10 * b + i) for i in range(n)] for b, n in enumerate(n_new)]
+    before, like = contents(cache), torch.zeros(0, dtype=torch.float64)
+    if max(map(len, model), default=0) + width > cache.capacity:
+        with pytest.raises(ValueError, match="cache: expected room"):
+            cache.check(config, len(model), width, like)
+        assert unchanged(cache, before)
+        return
+    if model:
+        cache.check(config, len(model), width, like)
+    cache.append(*rows(tokens, width, config), torch.tensor(n_new, dtype=torch.int32))
+    for row, added in zip(model, tokens, strict=True):
+        row += added
+
+
+@given(st.integers(1, 3), st.integers(4, 12), st.booleans(), st.data())
+def test_any_series_of_operations_does_what_it_does_to_lists(B, capacity, sparse, data):
+    """The model of the cache is a Python list of tokens per sequence."""
+    config = TINY.variant("sparse" if sparse else "dense")
+    cache, model = new_cache(config, B, capacity), [[] for _ in range(B)]
+    for step in range(data.draw(st.integers(4, 12))):
+        address = cache.lengths.data_ptr()
+        operation = data.draw(st.sampled_from(("append", "append", "cut", "cut each", "reorder", "expand", "grow")))
+        if operation == "append":
+            draw_append(data, cache, model, config, 1 + 100 * step)
+        elif operation == "cut":
+            n = data.draw(st.integers(0, cache.longest))
+            cache.truncate(n)
+            model = [row[:n] for row in model]
+            assert cache.longest == n
+        elif operation == "cut each":
+            kept = [data.draw(st.integers(0, len(row))) for row in model]
+            cache.truncate(torch.tensor(kept, dtype=torch.int32))
+            model = [row[:n] for row, n in zip(model, kept, strict=True)]
+            assert cache.longest == max(kept, default=0)
+        elif operation == "grow":
+            more = cache.capacity + data.draw(st.integers(0, 3))
+            cache.grow(more)
+            assert cache.capacity == more
+        else:
+            size = len(model) if operation == "reorder" else data.draw(st.integers(0, 4))
+            index = [data.draw(st.integers(0, len(model) - 1)) for _ in range(size if model else 0)]
+            dtype = data.draw(st.sampled_from((torch.int32, torch.int64)))
+            cache.reorder(torch.tensor(index, dtype=dtype))
+            model = [list(model[b]) for b in index]
+        assert holds(cache, model, config)
+        assert (cache.lengths.data_ptr() == address) or operation == "expand"
+        assert cache.lengths.dtype == torch.int32
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("each", [False, True])
+def test_decoding_after_a_rollback_equals_decoding_without_the_tokens_rolled_back(variant, each):
+    """The tokens rolled back are NaN: whatever a draft wrote, nothing of it is left."""
+    layer, h = build(SMALL.variant(variant)), hidden(2, 40, SMALL.d)
+    prompts = torch.tensor([30, 30], dtype=torch.int32) if not each else torch.tensor([30, 21], dtype=torch.int32)
+    caches = [new_cache(layer.config, 2, 48) for _ in range(2)]
+    for cache in caches:
+        layer(h[:, :30], cache=cache, lengths=prompts)
+    layer(torch.full_like(h[:, :6], torch.nan), cache=caches[0])
+    assert caches[0].v.isnan().any()
+    caches[0].truncate(prompts if each else 30)
+    assert unchanged(caches[0], contents(caches[1]))
+    for t in range(30, 40):
+        output, expected = (layer(h[:, t : t + 1], cache=cache).hidden for cache in caches)
+        assert expected.isfinite().all()
+        assert close_layers(output, expected)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_reordering_the_cache_equals_permuting_the_batch(variant):
+    layer, h = build(SMALL.variant(variant)), hidden(3, 40, SMALL.d)
+    lengths, index = torch.tensor([30, 12, 25], dtype=torch.int32), torch.tensor([2, 0, 0])
+    cache, permuted = new_cache(layer.config, 3, 40), new_cache(layer.config, 3, 40)
+    layer(h[:, :30], cache=cache, lengths=lengths)
+    layer(h[index, :30], cache=permuted, lengths=lengths[index])
+    addresses = [x.data_ptr() for x in (cache.k, cache.v, cache.lengths)]
+    cache.reorder(index)
+    assert [x.data_ptr() for x in (cache.k, cache.v, cache.lengths)] == addresses
+    output = layer(h[:, 30:], cache=cache).hidden
+    assert close_layers(output, layer(h[:, 30:], cache=permuted).hidden)
+    assert not close_layers(output[2:], output[1:2])  # two beams of one prompt go apart
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_one_prompt_becomes_several_beams(variant):
+    layer, h = build(SMALL.variant(variant)), hidden(3, 20, SMALL.d)
+    cache = new_cache(layer.config, 1, 20)
+    layer(h[:1, :15], cache=cache)
+    cache.reorder(torch.zeros(3, dtype=torch.int32))
+    whole = torch.cat((h[:1, :15].expand(3, -1, -1), h[:, 15:]), 1)
+    assert close_layers(layer(h[:, 15:], cache=cache).hidden, layer(whole).hidden[:, 15:])
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_a_full_cache_goes_on_after_growing(variant):
+    layer, h = build(SMALL.variant(variant)), hidden(2, 30, SMALL.d)
+    cache = new_cache(layer.config, 2, 20)
+    layer(h[:, :20], cache=cache)
+    with pytest.raises(ValueError, match="cache: expected room for 10 more tokens, got 20 of 20 slots in use"):
+        layer(h[:, 20:], cache=cache)
+    cache.grow(30)
+    assert close_layers(layer(h[:, 20:], cache=cache).hidden, layer(h).hidden[:, 20:])
+
+
+@pytest.mark.parametrize("variant", ["sparse", "gsa"])
+def test_selection_never_looks_past_a_length(variant):
+    """Even a NaN that somebody else wrote into the free slots; dense attention relies on their being 0."""
+    layer, h = build(SMALL.variant(variant)), hidden(2, 40, SMALL.d)
+    lengths = torch.tensor([30, 12], dtype=torch.int32)
+    caches = [new_cache(layer.config, 2, 40) for _ in range(2)]
+    for cache in caches:
+        layer(h[:, :30], cache=cache, lengths=lengths)
+    free = torch.arange(40) >= lengths[:, None]
+    for buffer in (caches[0].k, caches[0].v, caches[0].k_idx):
+        buffer[free] = torch.nan
+    n_new = torch.tensor([3, 1], dtype=torch.int32)
+    output, expected = (layer(h[:, 30:34], cache=cache, lengths=n_new).hidden for cache in caches)
+    assert torch.equal(output, expected)
+    assert not caches[0].k[0, 33].any()  # the padding row of the batch, written as 0
+
+
+def test_lengths_are_updated_in_place_and_the_position_of_a_step_is_its_own():
+    """A captured CUDA graph replays on the same tensor; the layer must not see it move while it works."""
+    layer, cache, h = build(SMALL), new_cache(SMALL, 2, 20), hidden(2, 20, SMALL.d)
+    lengths = cache.lengths
+    layer(h[:, :15], cache=cache)
+    output = layer(h[:, 15:], cache=cache).hidden
+    assert cache.lengths is lengths
+    assert lengths.tolist() == [20, 20]
+    assert close_layers(output, layer(h).hidden[:, 15:])
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_bytes_per_token_are_those_of_the_buffers(variant, dtype):
+    config = SMALL.variant(variant)
+    cache = new_cache(config, 3, 5, dtype=dtype)
+    held = sum(x.nbytes for x in (cache.k, cache.v, cache.k_idx) if x is not None)
+    assert held == 3 * 5 * GSACache.bytes_per_token(config, dtype=dtype)
+
+
 # --- refused caches -----------------------------------------------------------------------------------------------
 
 LAYER = build(SMALL)
@@ -240,3 +414,48 @@ def test_wrong_hidden_states_leave_the_cache_as_it_was():
     with pytest.raises(TypeError, match="h: expected dtype"):
         LAYER(hidden(2, 5, SMALL.d).float(), cache=cache)
     assert unchanged(cache, before)
+
+
+def filled() -> GSACache:
+    """Sequences of 5 and 3 tokens, with a bound of 5."""
+    cache = new_cache(SMALL, 2, 8)
+    LAYER(hidden(2, 5, SMALL.d), cache=cache, lengths=torch.tensor([5, 3], dtype=torch.int32))
+    return cache
+
+
+def ints(*values: int, dtype: torch.dtype = torch.int32, device: str = "cpu") -> torch.Tensor:
+    return torch.tensor(values, dtype=dtype, device=device)
+
+
+BAD_OPERATIONS = [
+    ("truncate", -1, ValueError, "lengths: expected an int ≥ 0, got -1"),
+    ("truncate", 6, ValueError, "lengths: expected at most 5 tokens, got 6"),
+    ("truncate", 2.0, TypeError, "lengths: expected an int, got float 2.0"),
+    ("truncate", True, TypeError, "lengths: expected an int, got bool True"),
+    ("truncate", [3, 3], TypeError, r"lengths: expected an int, got list \[3, 3\]"),
+    ("truncate", ints(3, 4), ValueError, "lengths: expected 0 to 3 tokens, as sequence 1 holds, got 4"),
+    ("truncate", ints(-1, 3), ValueError, "lengths: expected 0 to 5 tokens, as sequence 0 holds, got -1"),
+    ("truncate", ints(3, 3, dtype=torch.int64), TypeError, "lengths: expected dtype int32, got torch.int64"),
+    ("truncate", ints(3), ValueError, r"lengths: expected shape \[B=2\], got \[1\]"),
+    ("truncate", ints(3, 3, device="meta"), ValueError, "lengths: expected device cpu as cache, got meta"),
+    ("reorder", [1, 0], TypeError, "index: expected a torch.Tensor, got list"),
+    ("reorder", ints(0, 2), ValueError, r"index: expected values in \[0, 2\), got 2 at position 1"),
+    ("reorder", ints(-1, 0), ValueError, r"index: expected values in \[0, 2\), got -1 at position 0"),
+    ("reorder", ints(0, 1, 5), ValueError, r"index: expected values in \[0, 2\), got 5 at position 2"),
+    ("reorder", torch.zeros(2), TypeError, "index: expected dtype int32 or int64, got torch.float32"),
+    ("reorder", torch.zeros(2, 1).int(), ValueError, r"index: expected shape \[B'\], got \[2, 1\]"),
+    ("reorder", ints(0, 1, device="meta"), ValueError, "index: expected device cpu as cache, got meta"),
+    ("grow", 7, ValueError, "capacity: expected an int ≥ 8, got 7"),
+    ("grow", 9.0, TypeError, "capacity: expected an int, got float 9.0"),
+]
+
+
+@pytest.mark.bad_input
+@pytest.mark.parametrize(("method", "argument", "exception", "message"), BAD_OPERATIONS)
+def test_a_refused_operation_leaves_the_cache_as_it_was(method, argument, exception, message):
+    cache = filled()
+    before, bound = contents(cache), cache.longest
+    with pytest.raises(exception, match=f"^{message}$"):
+        getattr(cache, method)(argument)
+    assert unchanged(cache, before)
+    assert (cache.longest, cache.capacity) == (bound, 8)
