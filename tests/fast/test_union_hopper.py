@@ -6,6 +6,7 @@ The interpreter has no Gluon. What it shows of `union.py` is shown for this kern
 import subprocess
 from unittest import mock
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
@@ -14,9 +15,10 @@ from hypothesis import strategies as st
 import gsa_fast
 import gsa_ref
 from gsa_fast.attention import union, union_hopper
+from gsa_fast.verification.checks import numpy
 from gsa_fast.verification.interpreter import attention_method
 from gsa_ref import Selection, equations
-from gsa_ref.check import attention_tolerance, error_budget
+from gsa_ref.check import attention_tolerance, error_budget, gate_tolerance
 from tests.fast.helpers import examples, same
 from tests.fast.test_compile import compile_sample
 
@@ -113,29 +115,29 @@ def calls(draw):
 
 @needs_hopper
 @given(call=calls())
-@examples(200)
+@examples(80)
 def test_outputs_are_in_the_error_budget_and_reruns_are_bitwise_equal(call):
+    """Some rows of each sequence, both ends among them, against the equations."""
     q, k, v, selection, options = call
-    assert union.queries_per_tile(q.shape[2] // k.shape[2]) * (q.shape[2] // k.shape[2]) > 32  # so it is served
+    group = q.shape[2] // k.shape[2]
+    assert union.queries_per_tile(group) * group > 32  # so it is served
     first = attend(True, q, k, v, selection, **options)
     assert same(first, attend(True, q, k, v, selection, **options))
-    baseline, baseline_lse = gsa_ref.sparse_attention(q, k, v, selection, **options)
-    _, other_lse = attend(False, q, k, v, selection, **options)
-    assert torch.equal(first[1].isinf(), other_lse.isinf())  # empty rows
+    baseline = gsa_ref.sparse_attention(q, k, v, selection, **options)
+    rows = sorted({0, len(q[0]) - 1, *range(0, len(q[0]), 29)})
     for b in range(len(q)):
-        host = [x[b].double().cpu().numpy() for x in (q, k, v)]
-        S_t = [row[row >= 0].cpu().numpy() for row in selection.indices[b]]
-        gold, gold_lse = equations.sparse_attention(*host, S_t)
-        tolerance, lse_tolerance = attention_tolerance(*host, S_t, q.dtype)
-        if (gate := options["output_gate_logits"]) is None:
-            found = first[0][b].double().cpu().numpy(), baseline[b].double().cpu().numpy()
-            assert error_budget(*found, gold, q.dtype, tolerance=tolerance)
-        else:
-            gold = equations.apply_gate(gold, gate[b].double().cpu().numpy())
-            found = first[0][b].double().cpu().numpy(), baseline[b].double().cpu().numpy()
-            assert error_budget(*found, gold, q.dtype)
-        found = first[1][b].double().cpu().numpy(), baseline_lse[b].double().cpu().numpy()
-        assert error_budget(*found, gold_lse, torch.float32, tolerance=lse_tolerance)
+        queries, keys, values = (numpy(x).astype(np.float64) for x in (q[b, rows], k[b], v[b]))
+        S_t = [row[row >= 0] for row in numpy(selection.indices[b, rows])]
+        gold, gold_lse = equations.sparse_attention(queries, keys, values, S_t)
+        tolerance, lse_tolerance = attention_tolerance(queries, keys, values, S_t, q.dtype)
+        if (gate := options["output_gate_logits"]) is not None:
+            logits = numpy(gate[b, rows]).astype(np.float64)
+            gold = equations.apply_gate(gold, logits)
+            tolerance = tolerance + gate_tolerance(gold, logits, q.dtype)
+        out, plain = numpy(first[0][b, rows]), numpy(baseline[0][b, rows])
+        assert error_budget(out, plain, gold, q.dtype, tolerance=tolerance)
+        lse, plain = numpy(first[1][b, rows]), numpy(baseline[1][b, rows])
+        assert error_budget(lse, plain, gold_lse, torch.float32, tolerance=lse_tolerance)
 
 
 @needs_hopper
