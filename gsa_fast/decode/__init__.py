@@ -32,9 +32,14 @@ MAX_GROUPS = 16384  # of keys, per row: a program of `decode_select_kernel` hold
 MAX_CAPACITY = 16384  # candidates per row, likewise
 BLOCK_SCORES = 128  # keys per tile of `decode_scores_kernel`
 MAX_MEMBERS = 4  # of a group, in one such tile
+TILE_BYTES = 8192  # of K, and of V, per tile of `decode_attend_kernel`
 BLOCK_SELECT = 8192  # keys that `decode_select_kernel` gathers at a time
 SPLITS = 32  # of a row's selection
-BLOCK_SPLITS = 8  # that are combined at a time
+COMBINED = 4096  # numbers of several splits that are combined at a time
+# Measured on an H200.
+SCORES_OPTIONS = {"num_stages": 3}
+SELECT_OPTIONS = {"num_warps": 32}
+ATTEND_OPTIONS = {"num_warps": 4, "num_stages": 5}
 
 
 class DecodeOutput(NamedTuple):
@@ -59,8 +64,8 @@ def group_members(S: int) -> int:
 
 
 def block_k(block_d: int, dtype: torch.dtype) -> int:
-    """Slots per tile of `decode_attend_kernel`: K and V tiles of 8 KiB each."""
-    return max(16, min(32, 8192 // (block_d * dtype.itemsize)))
+    """Slots per tile of `decode_attend_kernel`."""
+    return max(16, min(64, TILE_BYTES // (block_d * dtype.itemsize)))
 
 
 def launch_decode(
@@ -105,21 +110,21 @@ def launch_decode(
     keys, best = scratch(B, L, groups * members), scratch(B, L, groups)
     statistics = scratch(B, L, 3, tiles, dtype=torch.float32)
     block_l = triton.next_power_of_2(L)
+    block_h = max(triton.next_power_of_2(H_I), 8 // block_l)  # 8 columns: the narrowest product of the matrix units
     decode_scores_kernel[(B * tiles,)](
         q_idx, k_idx, head_logits, bias, start, lengths, keys, best, statistics,
         *q_idx.stride(), *k_idx.stride(), *head_logits.stride(), *bias.stride(),
         L, S, groups, tiles, indexer_scale,
         H_I=H_I, d_I=d_I, MEMBERS=members,
-        # At least 8 columns, the narrowest product of the matrix units.
-        BLOCK_L=block_l, BLOCK_H=max(triton.next_power_of_2(H_I), 8 // block_l),
-        BLOCK_D=max(16, triton.next_power_of_2(d_I)), BLOCK_G=block_g, BLOCK_M=block_m, APPROXIMATE=approximate,
-        num_warps=4, num_stages=3,
+        BLOCK_L=block_l, BLOCK_H=block_h, BLOCK_D=max(16, triton.next_power_of_2(d_I)),
+        BLOCK_G=block_g, BLOCK_M=block_m, APPROXIMATE=approximate,
+        num_warps=4 if block_l * block_h <= 16 else 8, **SCORES_OPTIONS,
     )  # fmt: skip
 
     # A group's best key is a candidate, and few others are: twice K is generous.
     capacity = min(2 * triton.next_power_of_2(K), MAX_CAPACITY)
     all_groups = triton.next_power_of_2(groups)
-    chosen, candidates = scratch(B, L, groups), scratch(B, L, 2, capacity)
+    chosen, candidates = scratch(B, L, groups), scratch(B, L, capacity, dtype=torch.int64)
     arrived = scratch(B, L, H_kv)
     decode_select_kernel[(B * L,)](
         keys, best, statistics, mean_variance, start, lengths, chosen, candidates,
@@ -127,10 +132,10 @@ def launch_decode(
         L, S, K, H_kv, groups, tiles, k_base, k_min, k_max,
         RULE=RULE_CODES[rule], MEMBERS=members, GROUPS=all_groups, BLOCK_G=block_g, CAPACITY=capacity,
         BLOCK=BLOCK_SELECT, BLOCK_T=max(2, triton.next_power_of_2(tiles)), BLOCK_H=triton.next_power_of_2(H_kv),
-        num_warps=32,
+        **SELECT_OPTIONS,
     )  # fmt: skip
 
-    block_d = max(16, triton.next_power_of_2(d_h))
+    block_d, combined_g = max(16, triton.next_power_of_2(d_h)), triton.next_power_of_2(group)
     gate = q if output_gate_logits is None else output_gate_logits
     m = scratch(B, L, H_kv, SPLITS, 2, group, dtype=torch.float32)
     acc = scratch(B, L, H_kv, SPLITS, group, d_h, dtype=torch.float32)
@@ -139,9 +144,9 @@ def launch_decode(
         *q.stride(), *k.stride(), *v.stride(), *gate.stride(),
         L, K, H_kv, scale * LOG2_E,
         GROUP=group, d_h=d_h, BLOCK_G=max(16, triton.next_power_of_2(group)), BLOCK_D=block_d,
-        BLOCK_K=block_k(block_d, q.dtype), SPLITS=SPLITS, BLOCK_SPLITS=BLOCK_SPLITS,
-        COMBINED_G=triton.next_power_of_2(group), OUTPUT_GATE=output_gate_logits is not None,
-        num_warps=4, num_stages=3,
+        BLOCK_K=block_k(block_d, q.dtype), SPLITS=SPLITS,
+        COMBINED_G=combined_g, BLOCK_SPLITS=max(1, min(SPLITS, COMBINED // (combined_g * block_d))),
+        OUTPUT_GATE=output_gate_logits is not None, **ATTEND_OPTIONS,
     )  # fmt: skip
 
 

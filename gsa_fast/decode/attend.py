@@ -15,14 +15,14 @@ def combine_splits(p_m, p_acc, n_splits, GROUP: tl.constexpr, d_h: tl.constexpr,
     """
     g = tl.arange(0, BLOCK_G)
     c = tl.arange(0, BLOCK_D)
-    i = tl.arange(0, SPLITS)
-    filled = (i < n_splits)[:, None] & (g < GROUP)[None, :]
-    p_split = p_m + i[:, None] * (2 * GROUP) + g[None, :]
-    m_i = tl.load(p_split, mask=filled, other=float("-inf"), cache_modifier=".cg")  # [SPLITS, BLOCK_G]
-    l_i = tl.load(p_split + GROUP, mask=filled, other=0.0, cache_modifier=".cg")
-    m = tl.max(m_i, axis=0)
+    every = tl.arange(0, SPLITS)
+    written = (every < n_splits)[:, None] & (g < GROUP)[None, :]
+    p_split = p_m + every[:, None] * (2 * GROUP) + g[None, :]
+    m_all = tl.load(p_split, mask=written, other=float("-inf"), cache_modifier=".cg")  # [SPLITS, BLOCK_G]
+    l_all = tl.load(p_split + GROUP, mask=written, other=0.0, cache_modifier=".cg")
+    m = tl.max(m_all, axis=0)
     m_safe = tl.where(m == float("-inf"), 0.0, m)
-    l = tl.sum(l_i * tl.exp2(m_i - m_safe[None, :]), axis=0)
+    l = tl.sum(l_all * tl.exp2(m_all - m_safe[None, :]), axis=0)
     acc = tl.zeros([BLOCK_G, BLOCK_D], tl.float32)
     for first in range(0, n_splits, BLOCK_SPLITS):
         i = first + tl.arange(0, BLOCK_SPLITS)
@@ -94,12 +94,12 @@ def decode_attend_kernel(
         tl.store(p_acc + (split * GROUP + g)[:, None] * d_h + c[None, :], acc, mask=q_mask)
         tl.debug_barrier()  # the stores of all threads come before the arrival, which one thread announces
         if tl.atomic_add(arrived_ptr + p_row, 1, sem="acq_rel", scope="gpu") == n_splits - 1:
-            m, l, acc = combine_splits(
+            all_m, all_l, all_acc = combine_splits(
                 p_m, p_acc, n_splits, GROUP, d_h, COMBINED_G, BLOCK_D, SPLITS, BLOCK_SPLITS
             )
-            g = tl.arange(0, COMBINED_G)
+            head = tl.arange(0, COMBINED_G)
             store_rows(
-                m, l, acc, (g >= 0) & (count == 0), b, t, h_kv * GROUP + g, c, g < GROUP,
+                all_m, all_l, all_acc, (head >= 0) & (count == 0), b, t, h_kv * GROUP + head, c, head < GROUP,
                 gate_ptr, out_ptr, lse_ptr, stride_gb, stride_gl, stride_gh, stride_gd,
                 L, H_kv * GROUP, d_h, OUTPUT_GATE,
             )  # fmt: skip

@@ -6,7 +6,7 @@ The order of the list is that of the groups, not of the positions: the attention
 import triton
 import triton.language as tl
 
-from gsa_fast._primitives import count_visible
+from gsa_fast._primitives import count_visible, store_entry_where, store_where
 from gsa_fast.budget import budget_from_variance, row_variance_from_tiles
 from gsa_fast.decode.scores import MASKED_KEY, NAN_KEY
 from gsa_fast.selection.pick import fill_empty, threshold_key
@@ -57,7 +57,7 @@ def select_from_row(
     for first in range(0, end, BLOCK):
         key, position = load_row_keys(p_keys, first, end, groups, n_visible, MEMBERS, BLOCK)
         take = ((key > low) | ((key == low) & (position <= last_tie))).to(tl.int32)
-        tl.store(p_indices + written + tl.cumsum(take, axis=0) - take, position, mask=take == 1)
+        store_where(p_indices, written + tl.cumsum(take, axis=0) - take, position, take == 1)
         written += tl.sum(take, axis=0)
 
 
@@ -66,7 +66,7 @@ def gather_candidates(
     p_keys, p_chosen, p_candidates, n_chosen, groups, n_visible, low,
     MEMBERS: tl.constexpr, CAPACITY: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Write the keys ≥ low of the chosen groups, and behind CAPACITY of them their positions; how many there are."""
+    """Write (key, position) of the first CAPACITY keys ≥ low of the chosen groups; how many there are."""
     written = 0
     end = n_chosen * MEMBERS
     for first in range(0, end, BLOCK):
@@ -77,9 +77,7 @@ def gather_candidates(
         key = tl.load(p_keys + group.to(tl.int64) * MEMBERS + i % MEMBERS, mask=inside, other=MASKED_KEY)
         keep = (key >= low).to(tl.int32)
         slot = written + tl.cumsum(keep, axis=0) - keep
-        fits = (keep == 1) & (slot < CAPACITY)
-        tl.store(p_candidates + slot, key, mask=fits)
-        tl.store(p_candidates + CAPACITY + slot, position, mask=fits)
+        store_entry_where(p_candidates, 1, slot, key, position, (keep == 1) & (slot < CAPACITY))
         written += tl.sum(keep, axis=0)
     return written
 
@@ -88,8 +86,9 @@ def gather_candidates(
 def select_from_candidates(p_candidates, p_indices, size, kappa, low, CAPACITY: tl.constexpr):
     """The κ ≥ 1 best of `size` ≥ κ candidates, all of them ≥ low."""
     slot = tl.arange(0, CAPACITY)
-    key = tl.load(p_candidates + slot, mask=slot < size, other=MASKED_KEY)
-    position = tl.load(p_candidates + CAPACITY + slot, mask=slot < size, other=0)
+    entry = tl.load(p_candidates + slot, mask=slot < size, other=MASKED_KEY << 32)  # [CAPACITY]
+    key = (entry >> 32).to(tl.int32)
+    position = entry.to(tl.int32)
     low = threshold_key(key, low, tl.max(key, axis=0), kappa)
     greater = key > low
     equal = key == low
@@ -100,7 +99,7 @@ def select_from_candidates(p_candidates, p_indices, size, kappa, low, CAPACITY: 
         nearest = tl.max(tl.where(equal, position, 0), axis=0)
         last_tie -= threshold_key(mirrored, last_tie - nearest, tl.max(mirrored, axis=0), ties_wanted)
     take = (greater | (equal & (position <= last_tie))).to(tl.int32)
-    tl.store(p_indices + tl.cumsum(take, axis=0) - take, position, mask=take == 1)
+    store_where(p_indices, tl.cumsum(take, axis=0) - take, position, take == 1)
 
 
 @triton.jit
@@ -131,13 +130,13 @@ def decode_select_kernel(
     if kappa > 0:
         p_keys = keys_ptr + row * groups * MEMBERS
         p_chosen = chosen_ptr + row * groups
-        p_candidates = candidates_ptr + row * 2 * CAPACITY
+        p_candidates = candidates_ptr + row * CAPACITY
         low = NAN_KEY + 0  # with fewer groups than κ, every key is a candidate
         if n_groups > kappa:
             smallest = tl.min(tl.where(group < n_groups, best, 0x7F800000), axis=0)
             low = threshold_key(best, smallest, tl.max(best, axis=0), kappa)
         choose = (best >= low).to(tl.int32)
-        tl.store(p_chosen + tl.cumsum(choose, axis=0) - choose, group, mask=choose == 1)
+        store_where(p_chosen, tl.cumsum(choose, axis=0) - choose, group, choose == 1)
         tl.debug_barrier()  # other threads read the list
         size = gather_candidates(
             p_keys, p_chosen, p_candidates, tl.sum(choose, axis=0), groups, n_visible, low, MEMBERS, CAPACITY, BLOCK
