@@ -34,7 +34,7 @@ BLOCK_SCORES = 128  # keys per tile of `decode_scores_kernel`
 MAX_MEMBERS = 4  # of a group, in one such tile
 TILE_BYTES = 8192  # of K, and of V, per tile of `decode_attend_kernel`
 BLOCK_SELECT = 8192  # keys that `decode_select_kernel` gathers at a time
-SPLITS = 32  # of a row's selection
+MAX_SPLITS = 32  # of a row's selection
 COMBINED = 4096  # numbers of several splits that are combined at a time
 # Measured on an H200.
 SCORES_OPTIONS = {"num_stages": 3}
@@ -136,16 +136,18 @@ def launch_decode(
     )  # fmt: skip
 
     block_d, combined_g = max(16, triton.next_power_of_2(d_h)), triton.next_power_of_2(group)
+    tile_k = block_k(block_d, q.dtype)
+    splits = min(MAX_SPLITS, triton.next_power_of_2(triton.cdiv(K, tile_k)))
     gate = q if output_gate_logits is None else output_gate_logits
-    m = scratch(B, L, H_kv, SPLITS, 2, group, dtype=torch.float32)
-    acc = scratch(B, L, H_kv, SPLITS, group, d_h, dtype=torch.float32)
-    decode_attend_kernel[(B * L * SPLITS * H_kv,)](
+    m = scratch(B, L, H_kv, splits, 2, group, dtype=torch.float32)
+    acc = scratch(B, L, H_kv, splits, group, d_h, dtype=torch.float32)
+    decode_attend_kernel[(B * L * splits * H_kv,)](
         q, k, v, indices, counts, gate, out, lse, m, acc, arrived,
         *q.stride(), *k.stride(), *v.stride(), *gate.stride(),
         L, K, H_kv, scale * LOG2_E,
         GROUP=group, d_h=d_h, BLOCK_G=max(16, triton.next_power_of_2(group)), BLOCK_D=block_d,
-        BLOCK_K=block_k(block_d, q.dtype), SPLITS=SPLITS,
-        COMBINED_G=combined_g, BLOCK_SPLITS=max(1, min(SPLITS, COMBINED // (combined_g * block_d))),
+        BLOCK_K=tile_k, SPLITS=splits, COMBINED_G=combined_g,
+        BLOCK_SPLITS=max(1, min(splits, COMBINED // (combined_g * block_d))),
         OUTPUT_GATE=output_gate_logits is not None, **ATTEND_OPTIONS,
     )  # fmt: skip
 

@@ -1,8 +1,8 @@
 """Indexer scores of a few queries for all keys of the cache, with what the selection needs to look at few of them.
 
-Keys form groups of MEMBERS, as far apart as possible: group i holds the positions i, i + groups, i + 2·groups, …. The
-κ-th best of the groups' best scores is at or below the κ-th best score, and rarely far below, because neighbouring keys,
-which resemble one another, are never in one group.
+Keys form groups of MEMBERS, as far apart as possible: group i holds the positions i, i + groups, i + 2·groups, …. Of
+the groups' best scores the κ-th is at or below the κ-th best of all scores; and rarely far below, because neighbouring
+keys, which resemble one another, are never in one group.
 """
 
 import triton
