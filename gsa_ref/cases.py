@@ -559,9 +559,9 @@ def layer_cases(draw: Draw, dtype: str, limits: Limits) -> LayerCase:
 
 @st.composite
 def decode_cases(draw: Draw, dtype: str, limits: Limits) -> DecodeCase:
-    """At most 8 queries, as many as `decode_attention` takes, and as many keys as `limits` has queries."""
-    keys = draw(_length(dataclasses.replace(limits, L=limits.S)))
+    """At most 8 queries, as many as `decode_attention` takes, behind a cache of one of the lengths of `limits`."""
     L = draw(st.integers(1, min(limits.L, 8)))
+    keys = draw(_length(dataclasses.replace(limits, L=limits.S - L)))
     S = keys + L
     B = draw(st.integers(1, limits.B))
     few = dataclasses.replace(limits, B=B, L=L, S=S, lengths=())

@@ -40,6 +40,7 @@ COMBINED = 4096  # numbers of several splits that are combined at a time
 SCORES_OPTIONS = {"num_stages": 3}
 SELECT_OPTIONS = {"num_warps": 32}
 ATTEND_OPTIONS = {"num_warps": 4, "num_stages": 5}
+FLOAT32_ATTEND_OPTIONS = {"num_warps": 8, "num_stages": 5}
 
 
 class DecodeOutput(NamedTuple):
@@ -102,15 +103,17 @@ def launch_decode(
     def scratch(*shape: int, dtype: torch.dtype = torch.int32) -> Tensor:
         return torch.empty(shape, dtype=dtype, device=device)
 
+    exact_float32 = q.dtype == torch.float32  # its dots need more registers
+    block_l = triton.next_power_of_2(L)
+    block_h = max(triton.next_power_of_2(H_I), 8 // block_l)  # 8 columns: the narrowest product of the matrix units
+    columns = block_l * block_h
     members = group_members(S)
     block_m = min(members, MAX_MEMBERS)
-    block_g = (BLOCK_SCORES // 2 if q_idx.dtype == torch.float32 else BLOCK_SCORES) // block_m
+    block_g = BLOCK_SCORES // block_m // (2 if q_idx.dtype == torch.float32 else 1) // (2 if columns > 32 else 1)
     groups = triton.cdiv(triton.cdiv(S, members), block_g) * block_g
     tiles = groups // block_g
     keys, best = scratch(B, L, groups * members), scratch(B, L, groups)
     statistics = scratch(B, L, 3, tiles, dtype=torch.float32)
-    block_l = triton.next_power_of_2(L)
-    block_h = max(triton.next_power_of_2(H_I), 8 // block_l)  # 8 columns: the narrowest product of the matrix units
     decode_scores_kernel[(B * tiles,)](
         q_idx, k_idx, head_logits, bias, start, lengths, keys, best, statistics,
         *q_idx.stride(), *k_idx.stride(), *head_logits.stride(), *bias.stride(),
@@ -118,7 +121,7 @@ def launch_decode(
         H_I=H_I, d_I=d_I, MEMBERS=members,
         BLOCK_L=block_l, BLOCK_H=block_h, BLOCK_D=max(16, triton.next_power_of_2(d_I)),
         BLOCK_G=block_g, BLOCK_M=block_m, APPROXIMATE=approximate,
-        num_warps=4 if block_l * block_h <= 16 else 8, **SCORES_OPTIONS,
+        num_warps=4 if columns <= 16 else 8, **SCORES_OPTIONS,
     )  # fmt: skip
 
     # A group's best key is a candidate, and few others are: twice K is generous.
@@ -148,7 +151,7 @@ def launch_decode(
         GROUP=group, d_h=d_h, BLOCK_G=max(16, triton.next_power_of_2(group)), BLOCK_D=block_d,
         BLOCK_K=tile_k, SPLITS=splits, COMBINED_G=combined_g,
         BLOCK_SPLITS=max(1, min(splits, COMBINED // (combined_g * block_d))),
-        OUTPUT_GATE=output_gate_logits is not None, **ATTEND_OPTIONS,
+        OUTPUT_GATE=output_gate_logits is not None, **(FLOAT32_ATTEND_OPTIONS if exact_float32 else ATTEND_OPTIONS),
     )  # fmt: skip
 
 

@@ -15,7 +15,7 @@ from hypothesis import HealthCheck, Phase, Verbosity
 from tqdm import tqdm
 
 from gsa_fast.verification.checks import CHECKS
-from gsa_ref.cases import STRATEGIES, Case, Limits
+from gsa_ref.cases import STRATEGIES, Case, DecodeCase, Limits
 
 # Stems that read float32 scores, whatever the dtype of the model.
 SCORE_STEMS = ("budget", "selection")
@@ -104,7 +104,8 @@ def verify_row(
             return  # enough shrinking
         if smallest is None:
             row.cases += 1
-            row.longest = max(row.longest, case.L)  # type: ignore[attr-defined]
+            length = case.S if isinstance(case, DecodeCase) else case.L  # type: ignore[attr-defined]
+            row.longest = max(row.longest, length)
             on_case()
         try:
             check_case(case, device, row)
