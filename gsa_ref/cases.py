@@ -360,10 +360,11 @@ class DecodeCase(IndexedSelectionCase):
         g, dtype = torch.Generator().manual_seed(self.seed + 1), DTYPES[self.dtype]
         query, key = (self.B, self.L, self.H_kv * self.group, self.d_h), (self.B, self.S, self.H_kv, self.d_h)
 
-        def tensor(shape: tuple[int, ...]) -> Tensor:
-            return lay_out(draw_values(self.attended_values, shape, g).to(dtype).to(device), self.layout)
+        def tensor(shape: tuple[int, ...], layout: str = self.layout) -> Tensor:
+            return lay_out(draw_values(self.attended_values, shape, g).to(dtype).to(device), layout)
 
-        arguments = {"q": tensor(query), "k": tensor(key), "v": tensor(key)}
+        other = LAYOUTS[LAYOUTS.index(self.layout) - 1]  # a kernel that mixes up the strides of k and v must show
+        arguments = {"q": tensor(query), "k": tensor(key), "v": tensor(key, other)}
         return {**arguments, "output_gate_logits": tensor(query) if self.output_gate else None}
 
 
@@ -564,7 +565,7 @@ def decode_cases(draw: Draw, dtype: str, limits: Limits) -> DecodeCase:
     keys = draw(_length(dataclasses.replace(limits, L=limits.S - L)))
     S = keys + L
     B = draw(st.integers(1, limits.B))
-    few = dataclasses.replace(limits, B=B, L=L, S=S, lengths=())
+    few = dataclasses.replace(limits, B=B, L=L, S=2 * S, lengths=())  # so that budgets reach from 1 to 2 S / 3
     indexer = {**dataclasses.asdict(draw(indexed_selection_cases(dtype, few))), "B": B, "L": L, "S": S}
     start = draw(st.one_of(st.just(keys), st.tuples(*[st.integers(0, S)] * B)))
     lengths = draw(st.one_of(st.none(), st.tuples(*[st.integers(0, S)] * B)))

@@ -36,7 +36,6 @@ TILE_BYTES = 8192  # of K, and of V, per tile of `decode_attend_kernel`
 BLOCK_SELECT = 8192  # keys that `decode_select_kernel` gathers at a time
 MAX_SPLITS = 32  # of a row's selection
 COMBINED = 4096  # numbers of several splits that are combined at a time
-# Measured on an H200.
 SCORES_OPTIONS = {"num_stages": 3}
 SELECT_OPTIONS = {"num_warps": 32}
 ATTEND_OPTIONS = {"num_warps": 4, "num_stages": 5}

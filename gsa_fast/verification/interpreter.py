@@ -76,7 +76,7 @@ def small_tiles(width: int = 16) -> Iterator[None]:
             (gather, "block_k", lambda block_d, dtype: width),
             (bits, "CHUNK_BYTES", 20 * width),
             (decode, "MAX_GROUPS", width),
-            (decode, "MAX_CAPACITY", width),
+            (decode, "MAX_CAPACITY", 2 * width),
             (decode, "BLOCK_SCORES", width),
             (decode, "MAX_MEMBERS", 2),
             (decode, "BLOCK_SELECT", width),
