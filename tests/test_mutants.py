@@ -24,6 +24,8 @@ SAMPLE = [
     "union repair forgets",
     "bits of the neighbouring row",
     "gate read with the strides",
+    "decode chooses too few groups",
+    "decode splits not rescaled",
 ]
 
 LIST = """

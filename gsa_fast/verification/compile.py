@@ -173,6 +173,34 @@ def shipped_calls(
                         if method == "union" and d_h in union_hopper.HEAD_WIDTHS:
                             yield partial(_attend_on_hopper, q, k, k, selection, output_gate_logits=gate, impl="triton")
         yield partial(gsa_fast.apply_gate, q, q, impl="triton")
+        yield from decode_calls(dtype, head_widths, heads)
+
+
+def decode_calls(
+    dtype: torch.dtype, head_widths: tuple[int, ...], heads: tuple[tuple[int, int], ...]
+) -> Iterator[Callable[[], Any]]:
+    """Calls of `decode_attention` for one and for many queries, keys, heads and channels."""
+    for S, k_max, L, H_I, d_I in (
+        (4096, 1024, 1, 4, 64),
+        (131072, 4096, 1, 4, 64),
+        (131072, 4096, 8, 4, 64),
+        (131072, 16384, 1, 1, 32),
+        (131072, 4096, 8, 8, 128),
+    ):
+        for d_h in head_widths if S == 4096 else head_widths[:1]:
+            for H, H_kv in heads if S == 4096 else heads[:1]:
+                q, k = torch.zeros(1, L, H, d_h, dtype=dtype), torch.empty(1, S, H_kv, d_h, dtype=dtype)
+                q_idx, k_idx = torch.zeros(1, L, H_I, d_I, dtype=dtype), torch.empty(1, S, d_I, dtype=dtype)
+                yield partial(
+                    gsa_fast.decode_attention,
+                    *(q, k, k, q_idx, k_idx, torch.zeros(1, L, H_I, dtype=dtype), torch.zeros(H_I)),
+                    mean_variance=0.1,
+                    config=GSAConfig(k_base=256, k_min=64, k_max=k_max, H_I=H_I, d_I=d_I),
+                    start=S - L,
+                    output_gate_logits=q if d_h == head_widths[0] else None,
+                    sigmoid_mode=gsa_fast.selection.SIGMOID_MODES[H_I == 1],
+                    impl="triton",
+                )
 
 
 def _attend_by(method: str, *args: Any, **kwargs: Any) -> Any:

@@ -15,7 +15,7 @@ from hypothesis import HealthCheck, Phase, Verbosity
 from tqdm import tqdm
 
 from gsa_fast.verification.checks import CHECKS
-from gsa_ref.cases import STRATEGIES, Case, Limits
+from gsa_ref.cases import STRATEGIES, Case, DecodeCase, Limits
 
 # Stems that read float32 scores, whatever the dtype of the model.
 SCORE_STEMS = ("budget", "selection")
@@ -24,6 +24,7 @@ STEMS = tuple(CHECKS)
 
 INTERPRETER_LIMITS = Limits()
 INTERPRETER_SELECTION_LIMITS = Limits(S=240)  # with `small_tiles`, most rows are then sampled
+INTERPRETER_DECODE_LIMITS = Limits(L=3, S=60, group=3)
 GPU_LIMITS = Limits(
     B=2, L=8192, S=1536, heads=4, group=8, width=512, lengths=(1, 5, 64, 65, 130, 257, 512, 1000, 2048, 4096, 8192)
 )
@@ -56,6 +57,8 @@ class Row:
 
 def limits_for(stem: str, device: str) -> Limits:
     if device == "cpu":
+        if stem == "decode":
+            return INTERPRETER_DECODE_LIMITS
         return INTERPRETER_SELECTION_LIMITS if stem == "indexed_selection" else INTERPRETER_LIMITS
     return GPU_LAYER_LIMITS if stem == "layer" else GPU_LIMITS
 
@@ -101,7 +104,8 @@ def verify_row(
             return  # enough shrinking
         if smallest is None:
             row.cases += 1
-            row.longest = max(row.longest, case.L)  # type: ignore[attr-defined]
+            length = case.S if isinstance(case, DecodeCase) else case.L  # type: ignore[attr-defined]
+            row.longest = max(row.longest, length)
             on_case()
         try:
             check_case(case, device, row)

@@ -29,6 +29,9 @@ for launch in launches:
 KERNELS = {
     "apply_gate_kernel",
     "budget_and_select_kernel",
+    "decode_attend_kernel",
+    "decode_scores_kernel",
+    "decode_select_kernel",
     "indexer_scores_kernel",
     "key_blocks_kernel",
     "masked_attention_kernel",

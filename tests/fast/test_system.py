@@ -59,6 +59,14 @@ class Recorded:
             return result
 
         self.layer._indexed_selection = record
+        run_decode = self.layer._decode_attention
+
+        def record_decode(*tensors: torch.Tensor, **keywords: Any) -> Any:
+            result = run_decode(*tensors, return_selection=True, **keywords)
+            self.selections.append(result.selection)
+            return result
+
+        self.layer._decode_attention = record_decode
 
     def hidden(self, B: int, L: int, seed: int) -> torch.Tensor:
         weight = self.layer.W_q.weight
@@ -248,6 +256,10 @@ def op_arguments(name: str, device: str, B: int, L: int, gate: bool) -> tuple[An
             0.35,
         ),
         "apply_gate": (tensor(B, L, 3), tensor(B, L, 3)),
+        "decode_attention": (
+            tensor(B, L, 4, 8), tensor(B, S, 2, 8), tensor(B, S, 2, 8), *indexer, torch.tensor(0.01, device=device),
+            start, lengths, tensor(B, L, 4, 8) if gate else None, 0.35, 0.5, 3, 1, 4, "proportional", False, 4
+        ),
     }[name]  # fmt: skip
 
 
@@ -259,8 +271,9 @@ OPS = (
     "indexed_selection",
     "sparse_attention",
     "apply_gate",
+    "decode_attention",
 )
-OP_CALLS = [(name, False) for name in OPS] + [("sparse_attention", True)]
+OP_CALLS = [(name, False) for name in OPS] + [("sparse_attention", True), ("decode_attention", True)]
 
 
 @pytest.mark.parametrize(("name", "gate"), OP_CALLS)

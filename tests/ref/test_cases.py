@@ -41,6 +41,8 @@ def tensors(case: Case) -> list[torch.Tensor]:
     built = case.scores() if case.stem == "budget" else case.arguments()
     values = list(built.values()) if isinstance(built, dict) else [built] if torch.is_tensor(built) else list(built)
     flat = [x for value in values for x in (value if isinstance(value, Selection) else [value])]
+    if case.stem == "decode":
+        flat += case.attention_arguments().values()
     return [x for x in flat if isinstance(x, torch.Tensor)]
 
 
@@ -95,6 +97,14 @@ def test_every_case_is_legal_input(stem, data):
     elif stem == "attention":
         out, _ = sparse_attention(**case.arguments())
         assert out.isfinite().all()
+    elif stem == "decode":
+        arguments = case.arguments()
+        selection, _ = indexed_selection(**arguments, mean_variance=case.mean_variance, config=case.config)
+        attended = case.attention_arguments()
+        out, _ = sparse_attention(
+            attended.pop("q"), attended.pop("k"), attended.pop("v"), selection, start=arguments["start"], **attended
+        )
+        assert out.isfinite().all()
     elif stem == "layer":
         GatedSparseAttention(case.config)(**case.arguments())
     else:
@@ -103,7 +113,7 @@ def test_every_case_is_legal_input(stem, data):
 
 @given(st.sampled_from(sorted(STRATEGIES)).flatmap(lambda stem: STRATEGIES[stem]("float32", Limits(lengths=(7, 16)))))
 def test_given_lengths_are_the_only_ones_drawn(case):
-    assert case.L in (7, 16)
+    assert (case.S - case.L if case.stem == "decode" else case.L) in (7, 16)
 
 
 @pytest.mark.parametrize(
