@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 
 from gsa_fast._primitives import count_visible, fast_divide, stable_sigmoid, tanh_approximate
-from gsa_fast.selection.scores import HALF_LN_2, LOG2_E, one_plus_exp2
+from gsa_fast.selection.scores import HALF_LN_2, LOG2_E, exp2_of_minus_z
 
 NAN_KEY = tl.constexpr(-1)  # NaN ranks last: below every score, whose bits are an int32 ≥ 0
 MASKED_KEY = tl.constexpr(-2)  # no candidate
@@ -83,7 +83,7 @@ def decode_scores_kernel(
                 term = (0.5 * weight)[None, :] + (0.5 * weight)[None, :] * tanh_approximate(half_z)
                 term = tl.maximum(term, 0.0, propagate_nan=tl.PropagateNan.ALL)  # rounding may go below
             else:
-                denominator = one_plus_exp2(b_k, b_q, -scale * LOG2_E, bias[None, :])
+                denominator = 1.0 + exp2_of_minus_z(b_k, b_q, -scale * LOG2_E, bias[None, :])
                 term = fast_divide(tl.broadcast_to(weight[None, :], denominator.shape), denominator)
             # A padded column is 0 · k, which is NaN where k is not finite.
             term = tl.where(real[None, :], term, 0.0)
