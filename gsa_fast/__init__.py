@@ -10,6 +10,7 @@ except ImportError as error:
 
 from gsa_fast.attention import explain_choice, sparse_attention
 from gsa_fast.budget import score_variance, token_budget
+from gsa_fast.decode import DecodeOutput, decode_attention
 from gsa_fast.gates import apply_gate
 from gsa_fast.indexer import indexer_scores
 from gsa_fast.layer import GatedSparseAttention
@@ -17,12 +18,14 @@ from gsa_fast.selection import indexed_selection, select_tokens
 from gsa_ref import GSACache, GSAConfig, GSAOutput, Selection
 
 __all__ = [
+    "DecodeOutput",
     "GSACache",
     "GSAConfig",
     "GSAOutput",
     "GatedSparseAttention",
     "Selection",
     "apply_gate",
+    "decode_attention",
     "explain_choice",
     "indexed_selection",
     "indexer_scores",

@@ -97,3 +97,28 @@ def append_entry(pointer, step, score, reach, position):
             pack=1,
         )
         return moved.to(tl.pointer_type(tl.int64))
+
+
+@triton.jit
+def store_where(pointer, slot, value, mask):
+    """Store the int32 value at pointer + slot, in PTX for the reason given in `append_entry`."""
+    if INTERPRETED:
+        tl.store(pointer + slot, value, mask=mask)
+    else:
+        tl.inline_asm_elementwise(
+            """
+            {
+            .reg .pred p;
+            .reg .b64 a;
+            setp.ne.b32 p, $4, 0;
+            mad.wide.s32 a, $2, 4, $1;
+            @p st.global.b32 [a], $3;
+            mov.b32 $0, 0;
+            }
+            """,
+            "=r,l,r,r,r",
+            [pointer.to(tl.int64), slot, value, mask.to(tl.int32)],
+            dtype=tl.int32,
+            is_pure=False,
+            pack=1,
+        )

@@ -153,6 +153,19 @@ def check_selection_arguments(scores: Any, budget: Any, width: Any) -> None:
     check_same_device(scores=scores, budget=budget)
 
 
+def check_heads(q: Any, k: Any, v: Any, sizes: dict[str, int]) -> None:
+    """Check the queries, keys and values of an attention against one another and against the known sizes."""
+    check_tensor("q", q, "B L H d_h", sizes, dtypes=FLOATING)
+    check_tensor("k", k, "B S H_kv d_h", sizes, dtypes=FLOATING)
+    check_tensor("v", v, "B S H_kv d_h", sizes, dtypes=FLOATING)
+    check_same_dtype("k", k, "q", q)
+    check_same_dtype("v", v, "q", q)
+    if sizes["H_kv"] < 1 or sizes["H"] < 1 or sizes["d_h"] < 1:
+        raise ValueError(f"q: expected at least one head and one channel, got {list(q.shape)} with k {list(k.shape)}")
+    if sizes["H"] % sizes["H_kv"]:
+        raise ValueError(f"q: expected H a multiple of H_kv = {sizes['H_kv']}, got H = {sizes['H']}")
+
+
 def check_attention_arguments(
     q: Any,
     k: Any,
@@ -166,15 +179,7 @@ def check_attention_arguments(
     output_gate_logits: Any,
 ) -> None:
     sizes: dict[str, int] = {}
-    check_tensor("q", q, "B L H d_h", sizes, dtypes=FLOATING)
-    check_tensor("k", k, "B S H_kv d_h", sizes, dtypes=FLOATING)
-    check_tensor("v", v, "B S H_kv d_h", sizes, dtypes=FLOATING)
-    check_same_dtype("k", k, "q", q)
-    check_same_dtype("v", v, "q", q)
-    if sizes["H_kv"] < 1 or sizes["H"] < 1 or sizes["d_h"] < 1:
-        raise ValueError(f"q: expected at least one head and one channel, got {list(q.shape)} with k {list(k.shape)}")
-    if sizes["H"] % sizes["H_kv"]:
-        raise ValueError(f"q: expected H a multiple of H_kv = {sizes['H_kv']}, got H = {sizes['H']}")
+    check_heads(q, k, v, sizes)
     check_tensor("selection.indices", indices, "B L K", sizes, dtypes=(torch.int32,))
     check_tensor("selection.counts", counts, "B L", sizes, dtypes=(torch.int32,))
     if scale is not None:
@@ -197,6 +202,30 @@ def check_attention_arguments(
         value_gate_logits=value_gate_logits,
         output_gate_logits=output_gate_logits,
     )
+
+
+def check_decode_arguments(
+    q: Any,
+    k: Any,
+    v: Any,
+    q_idx: Any,
+    k_idx: Any,
+    head_logits: Any,
+    bias: Any,
+    *,
+    start: Any,
+    lengths: Any,
+    scale: Any,
+    output_gate_logits: Any,
+) -> None:
+    check_indexer_arguments(q_idx, k_idx, head_logits, bias, scale=1.0, start=start, lengths=lengths)
+    sizes = {"B": q_idx.shape[0], "L": q_idx.shape[1], "S": k_idx.shape[1]}
+    check_heads(q, k, v, sizes)
+    if scale is not None:
+        check_number("scale", scale)
+    if output_gate_logits is not None:
+        check_tensor("output_gate_logits", output_gate_logits, "B L H d_h", sizes, dtypes=FLOATING)
+    check_same_device(q_idx=q_idx, q=q, k=k, v=v, output_gate_logits=output_gate_logits)
 
 
 def check_rope_arguments(x: Any, start: Any, theta: Any) -> None:

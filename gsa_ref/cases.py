@@ -344,9 +344,41 @@ class LayerCase(Case):
         return {"h": h, "lengths": lengths if self.padded else None}
 
 
+@dataclass(frozen=True)
+class DecodeCase(IndexedSelectionCase):
+    """Inputs of `gsa_fast.decode_attention`: those of `indexed_selection`, and the attention's."""
+
+    stem: ClassVar[str] = "decode"
+    H_kv: int
+    group: int
+    d_h: int
+    output_gate: bool
+    attended_values: str
+
+    def attention_arguments(self, device: str = "cpu") -> dict[str, Any]:
+        """q, k, v and output_gate_logits."""
+        g, dtype = torch.Generator().manual_seed(self.seed + 1), DTYPES[self.dtype]
+        query, key = (self.B, self.L, self.H_kv * self.group, self.d_h), (self.B, self.S, self.H_kv, self.d_h)
+
+        def tensor(shape: tuple[int, ...]) -> Tensor:
+            return lay_out(draw_values(self.attended_values, shape, g).to(dtype).to(device), self.layout)
+
+        arguments = {"q": tensor(query), "k": tensor(key), "v": tensor(key)}
+        return {**arguments, "output_gate_logits": tensor(query) if self.output_gate else None}
+
+
 CASES: dict[str, type[Case]] = {
     case.stem: case
-    for case in (IndexerCase, BudgetCase, SelectionCase, IndexedSelectionCase, AttentionCase, GateCase, LayerCase)
+    for case in (
+        IndexerCase,
+        BudgetCase,
+        SelectionCase,
+        IndexedSelectionCase,
+        AttentionCase,
+        GateCase,
+        LayerCase,
+        DecodeCase,
+    )
 }
 
 
@@ -525,6 +557,27 @@ def layer_cases(draw: Draw, dtype: str, limits: Limits) -> LayerCase:
     )
 
 
+@st.composite
+def decode_cases(draw: Draw, dtype: str, limits: Limits) -> DecodeCase:
+    """At most 8 queries, as many as `decode_attention` takes, and as many keys as `limits` has queries."""
+    keys = draw(_length(dataclasses.replace(limits, L=limits.S)))
+    L = draw(st.integers(1, min(limits.L, 8)))
+    S = keys + L
+    B = draw(st.integers(1, limits.B))
+    few = dataclasses.replace(limits, B=B, L=L, S=S, lengths=())
+    indexer = {**dataclasses.asdict(draw(indexed_selection_cases(dtype, few))), "B": B, "L": L, "S": S}
+    start = draw(st.one_of(st.just(keys), st.tuples(*[st.integers(0, S)] * B)))
+    lengths = draw(st.one_of(st.none(), st.tuples(*[st.integers(0, S)] * B)))
+    return DecodeCase(
+        **{**indexer, "start": start, "lengths": lengths},
+        H_kv=draw(st.integers(1, limits.heads)),
+        group=draw(st.integers(1, limits.group)),
+        d_h=draw(_HEAD_WIDTHS),
+        output_gate=draw(st.booleans()),
+        attended_values=draw(st.sampled_from(("normal", "ties", "constant", "smooth", "tiny"))),
+    )
+
+
 STRATEGIES = {
     "indexer": indexer_cases,
     "budget": budget_cases,
@@ -533,4 +586,5 @@ STRATEGIES = {
     "attention": attention_cases,
     "gates": gate_cases,
     "layer": layer_cases,
+    "decode": decode_cases,
 }

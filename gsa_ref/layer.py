@@ -138,31 +138,63 @@ class GatedSparseAttention(nn.Module):
         key_lengths = lengths
         if cache is not None:
             cache.append(k, v, k_idx, n_new)
-            S = cache.longest
-            k, v = cache.k[:, :S], cache.v[:, :S]
-            k_idx = None if cache.k_idx is None else cache.k_idx[:, :S]
-            key_lengths = cache.lengths
+            k, v, k_idx, key_lengths = cache.k, cache.v, cache.k_idx, cache.lengths
 
         gate_logits = self.W_og(h).unflatten(-1, (c.H, c.d_h)) if c.output_gate else None
-        if c.sparse:
-            with torch.no_grad():  # indices carry no gradient, and V̄ is a statistic
-                selection, variance = self._indexed_selection(
-                    q_idx,
-                    k_idx,
-                    head_logits,
-                    self.indexer.bias,
-                    mean_variance=self.mean_variance,
-                    config=c,
-                    start=start,
-                    lengths=key_lengths,
-                )
-                self._add_variance(variance, n_new)
-            o, _ = self._sparse_attention(q, k, v, selection, start=start, output_gate_logits=gate_logits)
-        else:
-            o = dense_attention(q, k, v, start=start, lengths=key_lengths)
-            if gate_logits is not None:
-                o = self._apply_gate(o, gate_logits)  # Eq. 10
+        o = self._attend(
+            q=q,
+            k=k,
+            v=v,
+            q_idx=q_idx,
+            k_idx=k_idx,
+            head_logits=head_logits,
+            output_gate_logits=gate_logits,
+            start=start,
+            lengths=key_lengths,
+            n_new=n_new,
+            cache=cache,
+        )
         return GSAOutput(self.W_o(o.flatten(2)), cache, None)
+
+    def _attend(
+        self,
+        *,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        q_idx: Tensor | None,
+        k_idx: Tensor | None,
+        head_logits: Tensor | None,
+        output_gate_logits: Tensor | None,
+        start: int | Tensor,
+        lengths: Tensor | None,
+        n_new: Tensor,
+        cache: GSACache | None,
+    ) -> Tensor:
+        """What lies between the projections: selection, sparse (or dense) SDPA and the output gate. o', [B, L, H, d_h].
+
+        With a cache, k, v and k_idx are its whole buffers, of which `cache.longest` tokens at most are in use.
+        """
+        if cache is not None:
+            k, v = k[:, : cache.longest], v[:, : cache.longest]
+            k_idx = None if k_idx is None else k_idx[:, : cache.longest]
+        if not self.config.sparse:
+            o = dense_attention(q, k, v, start=start, lengths=lengths)
+            return o if output_gate_logits is None else self._apply_gate(o, output_gate_logits)  # Eq. 10
+        with torch.no_grad():  # indices carry no gradient, and V̄ is a statistic
+            selection, variance = self._indexed_selection(
+                q_idx,
+                k_idx,
+                head_logits,
+                self.indexer.bias,
+                mean_variance=self.mean_variance,
+                config=self.config,
+                start=start,
+                lengths=lengths,
+            )
+            self._add_variance(variance, n_new)
+        o, _ = self._sparse_attention(q, k, v, selection, start=start, output_gate_logits=output_gate_logits)
+        return o
 
     def _add_variance(self, variance: Tensor, n_new: Tensor) -> None:
         """Add the rows of this forward pass to the pending mean of Eq. 8; never when a checkpoint recomputes it."""

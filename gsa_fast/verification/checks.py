@@ -357,6 +357,63 @@ def check_layer(case: cases.LayerCase, device: str) -> Iterator[Verdict]:
     yield error_budget(numpy(hidden), numpy(baseline), numpy(gold), hidden.dtype)
 
 
+def check_decode(case: cases.DecodeCase, device: str) -> Iterator[Verdict]:
+    """The verdicts of `indexed_selection`, and those of `sparse_attention` given the selection.
+
+    With NaN in every key and value that no query of a sequence selected, not a bit of the result changes. The seed
+    decides between the exact and the approximate sigmoid.
+    """
+    indexer, attended = case.arguments(device), case.attention_arguments(device)
+    sigmoid_mode = gsa_fast.selection.SIGMOID_MODES[case.seed % 2]
+
+    def decode(**inputs: Tensor) -> gsa_fast.DecodeOutput:
+        with poisoned_memory():
+            return gsa_fast.decode_attention(
+                **{**indexer, **attended, **inputs},
+                mean_variance=case.mean_variance,
+                config=case.config,
+                sigmoid_mode=sigmoid_mode,
+                impl="triton",
+                return_selection=True,
+            )
+
+    out, lse, variance, selection = result = decode()
+    assert selection is not None
+    yield from indexed_selection_verdicts(
+        indexer, case.config, case.mean_variance, selection, variance, case.seed, sigmoid_mode
+    )
+    selected = torch.zeros(case.B, case.S + 1, dtype=torch.bool, device=out.device)
+    selected.scatter_(1, selection.indices.flatten(1).long() % (case.S + 1), True)  # −1 becomes S
+    nobody = ~selected[:, :-1, None, None]
+    poisoned = decode(k=attended["k"].masked_fill(nobody, torch.nan), v=attended["v"].masked_fill(nobody, torch.nan))
+    n = sum(int(((x != y) & ~(x.isnan() & y.isnan())).sum()) for x, y in zip(result[:3], poisoned[:3], strict=True))
+    yield Verdict(n == 0, float(n), 0.0, f"NaN in unselected keys and values: {n} numbers changed")
+
+    dtype = out.dtype
+    q, k, v, gate = (attended[name] for name in ("q", "k", "v", "output_gate_logits"))
+    for b in range(case.B):
+        key, value = numpy(k[b]), numpy(v[b])
+        start = sequence_value(indexer["start"], b, 0)
+        chosen = Selection(*(x[b : b + 1] for x in selection))
+        S_t = filled(chosen, start, case.S)
+        gold, gold_lse = equations.sparse_attention(numpy(q[b]), key, value, S_t)
+        tolerance, lse_tolerance = attention_tolerance(numpy(q[b]), key, value, S_t, dtype)
+        if gate is not None:
+            gold = equations.apply_gate(gold, numpy(gate[b]))
+            tolerance = tolerance + gate_tolerance(gold, numpy(gate[b]), dtype)
+        baseline, baseline_lse = gsa_ref.sparse_attention(
+            q[b : b + 1],
+            k[b : b + 1],
+            v[b : b + 1],
+            chosen,
+            start=start,
+            output_gate_logits=None if gate is None else gate[b : b + 1],
+        )
+        cap = 8 * unit_roundoff(dtype) * float(np.abs(value).max())
+        yield error_budget(numpy(out[b]), numpy(baseline[0]), gold, dtype, tolerance=tolerance, cap=cap)
+        yield error_budget(numpy(lse[b]), numpy(baseline_lse[0]), gold_lse, torch.float32, tolerance=lse_tolerance)
+
+
 CHECKS: dict[str, Callable[[Any, str], Iterator[Verdict]]] = {
     "indexer": check_indexer,
     "budget": check_budget,
@@ -365,4 +422,5 @@ CHECKS: dict[str, Callable[[Any, str], Iterator[Verdict]]] = {
     "attention": check_attention,
     "gates": check_gates,
     "layer": check_layer,
+    "decode": check_decode,
 }

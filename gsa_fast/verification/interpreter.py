@@ -8,7 +8,7 @@ from unittest import mock
 
 import torch
 
-from gsa_fast import attention, budget, indexer, selection
+from gsa_fast import attention, budget, decode, indexer, selection
 from gsa_fast._backend import INTERPRETED
 from gsa_fast.attention import bits, gather, masked, union
 from gsa_fast.selection import streamed
@@ -75,6 +75,14 @@ def small_tiles(width: int = 16) -> Iterator[None]:
             (streamed, "launch_thresholds", unlucky_thresholds),
             (gather, "block_k", lambda block_d, dtype: width),
             (bits, "CHUNK_BYTES", 20 * width),
+            (decode, "MAX_GROUPS", width),
+            (decode, "MAX_CAPACITY", width),
+            (decode, "BLOCK_SCORES", width),
+            (decode, "MAX_MEMBERS", 2),
+            (decode, "BLOCK_SELECT", width),
+            (decode, "TILE_BYTES", 0),
+            (decode, "MAX_SPLITS", 2),
+            (decode, "COMBINED", 0),
             *((module, "BLOCK_BROKEN", 2) for module in (bits, masked, union)),
             (union, "TILE_ROWS", width // 2),
             (union, "BLOCK_WORDS", 1),

@@ -59,6 +59,14 @@ class Recorded:
             return result
 
         self.layer._indexed_selection = record
+        run_decode = self.layer._decode_attention
+
+        def record_decode(*tensors: torch.Tensor, **keywords: Any) -> Any:
+            result = run_decode(*tensors, return_selection=True, **keywords)
+            self.selections.append(result.selection)
+            return result
+
+        self.layer._decode_attention = record_decode
 
     def hidden(self, B: int, L: int, seed: int) -> torch.Tensor:
         weight = self.layer.W_q.weight
