@@ -295,6 +295,5 @@ def main(options: argparse.Namespace, argv: list[str]) -> int:
     selections = options.selection or list(QUICK_SELECTIONS if options.quick else patterns.SELECTIONS)
     cases = plan(lengths, options.kv_heads, options.k_base or [K_BASE], selections)
     seconds = QUICK_SECONDS if options.quick else SECONDS
-    where = records.environment(records.recorded_command(argv), options.seed)
-    found = run(cases, Inputs(options.seed), seconds=seconds, where=where)
-    return suite.report(found, len(cases), where, options.json, format_table)
+    measured = lambda where: run(cases, Inputs(options.seed), seconds=seconds, where=where)  # noqa: E731
+    return suite.report(measured, len(cases), options, argv, format_table)

@@ -2,7 +2,7 @@
 
 import argparse
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
@@ -245,16 +245,21 @@ def refuses(interpreted: bool) -> bool:
 
 
 def report(
-    found: Iterable[records.Record],
+    run: Callable[[dict[str, Any]], Iterator[records.Record]],
     n_cases: int,
-    where: dict[str, Any],
-    path: Path | None,
+    options: argparse.Namespace,
+    argv: list[str],
     format_table: Callable[[list[records.Record], list[records.Record]], str],
 ) -> int:
-    """Collect the records, merge each into the file at once, and print the table; 1 if a case failed, else 0."""
-    print(f"{n_cases} cases on {where['device']}, seed {where['seed']}.", flush=True)
+    """Run the cases, merge each record into the file at once, and print the table; 1 if a case failed, else 0.
+
+    Args:
+        run: gives the records, from the fields that say where they come from.
+    """
+    where, path = records.environment(records.recorded_command(argv), options.seed), options.json
+    print(f"{n_cases} cases on {where['device']}, seed {options.seed}.", flush=True)
     rows = []
-    for record in found:
+    for record in run(where):
         rows.append(record)
         if path is not None:
             records.write(path, [record])
