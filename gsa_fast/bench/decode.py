@@ -19,7 +19,7 @@ from triton import cdiv
 import gsa_fast
 from gsa_fast._backend import INTERPRETED
 from gsa_fast.bench import patterns, records, rooflines, suite
-from gsa_fast.bench.dense import BASELINES, dense_call, takes_heads
+from gsa_fast.bench.dense import BASELINES, check_last_head, dense_call, takes_heads
 from gsa_fast.bench.suite import D_H, D_I, DTYPE, H_I, K_BASE, H, Kept, Prepared, Skipped, cell, device_works
 from gsa_fast.bench.timing import measure, measure_ceilings, take_turns
 from gsa_fast.decode import MAX_QUERIES
@@ -276,6 +276,7 @@ def _prepare_dense(case: Case, inputs: Inputs) -> Prepared:
     # Several queries see all keys, the newest too, which costs at most N − 1 keys of S: PyTorch's causal mask is
     # for as many queries as keys, and others lead away from these backends.
     calls, notes = zip(*(dense_call(case.impl, *s, causal=False) for s in sets), strict=True)
+    check_last_head(calls[0](), *sets[0])
     said = [notes[0]] if notes[0] else []
     if case.N > 1:
         said.append("without a mask among the new tokens")

@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+from torch.nn.functional import scaled_dot_product_attention
 
 from gsa_fast.__main__ import main
 from gsa_fast.bench import decode, patterns, records, rooflines, suite, timing
@@ -267,7 +268,8 @@ def dense_everywhere(monkeypatch, takes):
 
     def dense_call(impl, q, k, v, *, causal):
         called.append((impl, tuple(q.shape), tuple(k.shape), causal))
-        return lambda: q, "" if takes else "keys and values repeated"
+        out = scaled_dot_product_attention(q, k, v, enable_gqa=True)
+        return lambda: out, "" if takes else "keys and values repeated"
 
     monkeypatch.setattr(decode, "takes_heads", lambda *_, **__: takes)
     monkeypatch.setattr(decode, "dense_call", dense_call)
@@ -282,6 +284,16 @@ def test_a_baseline_attends_to_all_keys_without_a_mask_and_says_so_for_several_q
     assert several["note"] == "without a mask among the new tokens"
     floor = 2 * (64 * 2 * 16 * 2 * 2 + 2 * 4 * 16 * 2)  # K and V, the query and the result; 2 bytes a number
     assert single["tbps"] == pytest.approx(1e-12 * floor / 1e-3)
+
+
+def test_a_baseline_that_reads_the_wrong_rows_fails(tiny, device, monkeypatch):
+    dense_everywhere(monkeypatch, takes=True)
+    given = decode.dense_call
+    monkeypatch.setattr(
+        decode, "dense_call", lambda impl, q, k, v, **options: given(impl, q, k, v.roll(1, 2), **options)
+    )
+    (found,) = run([Case("cudnn", 2, 64, 2)], inputs(0, device))
+    assert found["reason"] == "failed: RuntimeError: the result of the dense attention is wrong"
 
 
 def test_a_baseline_whose_repeated_heads_do_not_fit_is_left_out(tiny, device, monkeypatch):
