@@ -12,7 +12,7 @@ import torch
 import triton
 
 from gsa_fast._backend import INTERPRETED
-from gsa_fast.bench import prefill, records
+from gsa_fast.bench import decode, prefill, records
 from gsa_fast.selection import SIGMOID_MODES
 from gsa_fast.verification import long, run
 from gsa_fast.verification.compile import SHARED_MEMORY_LIMIT, compile_shipped
@@ -82,6 +82,15 @@ def main(argv: list[str] | None = None) -> int:
             "beside cuDNN's and FlashAttention's dense attention in PyTorch.",
         )
     )
+    decode.add_arguments(
+        suites.add_parser(
+            "decode",
+            help="a step of decoding over batch size and keys in the cache",
+            description="Measure a step of a few queries against a long cache, with the decode kernels and with the "
+            "general ones, over batch sizes and numbers of keys, beside cuDNN's and FlashAttention's dense attention "
+            "in PyTorch.",
+        )
+    )
     options = parser.parse_args(argv)
     if options.json is not None and not options.json.resolve().parent.is_dir():
         parser.error(f"argument --json: expected a file in an existing folder, got {options.json}")
@@ -89,9 +98,10 @@ def main(argv: list[str] | None = None) -> int:
     if options.command == "compile":
         return run_compile(options, command)
     if options.command == "bench":
-        if problem := prefill.check_options(options):
+        suite = {prefill.SUITE: prefill, decode.SUITE: decode}[options.suite]
+        if problem := suite.check_options(options):
             parser.error(problem)
-        return prefill.main(options, argv)
+        return suite.main(options, argv)
     if options.length is not None:
         return run_verify_length(parser, options, records.recorded_command(argv))
     return run_verify(parser, options, command)

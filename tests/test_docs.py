@@ -332,6 +332,13 @@ def timed(case: str, ms: float | None, L: int, **fields: object) -> dict[str, ob
     return record | fields
 
 
+def step(impl: str, ms: float | None, B: int, mode: str | None = None, **fields: object) -> dict[str, object]:
+    """A record of the decode suite, at 128K keys where nothing else is said."""
+    size = {"B": B, "L": fields.pop("L", 1), "S": fields.pop("S", 131072)}
+    record = timed("decode", ms, 1, impl=impl, sigmoid_mode=mode, **fields)
+    return record | {"suite": "decode", "shape": record["shape"] | size}
+
+
 @pytest.fixture
 def with_records(tmp_path: Path) -> Path:
     """A root with made-up records: the whole path is slower at 2K, faster at 4K and 128K."""
@@ -354,7 +361,25 @@ def with_records(tmp_path: Path) -> Path:
         "near_threshold": {"median": 3, "most": 9},
     }
     idea = {"what": "a sort", "predicted": "20 ms", "measured": {"ms": 31.5, "recall": 1}, "verdict": "dropped"}
-    for path, content in ((speed.PREFILL, prefill), (speed.LONG, [verified]), (speed.TRIED, [idea])):
+    decode = [
+        {"suite": "decode", "case": "ceiling", "impl": "copy", "shape": None, "tbps": 4.5, **ENVIRONMENT},
+        *(step(impl, ms, B) for B in (1, 32) for impl, ms in (("cudnn", 0.5 * B), ("flash", 1.0 * B))),
+        *(step("gsa_fast", ms, B, "exact", share_of_roofline=0.5) for B, ms in ((1, 0.05), (32, 4.0))),
+        step("gsa_fast", 0.04, 1, "approximate"),
+        step("gsa_fast_general", 0.1, 1, "exact"),
+        step("gsa_fast_general", 2.0, 32, "exact"),
+        step("gsa_fast", 1.0, 1, "exact", S=8192),
+        step("cudnn", 0.25, 1, S=8192),
+        *(step(impl, None, 32, mode, S=2**20, reason="left out: 300 GiB") for impl, mode in
+          (("gsa_fast", "exact"), ("cudnn", None))),
+        step("cudnn", 0.6, 1, L=2, note="without a mask"),
+    ]  # fmt: skip
+    for path, content in (
+        (speed.PREFILL, prefill),
+        (speed.DECODE, decode),
+        (speed.LONG, [verified]),
+        (speed.TRIED, [idea]),
+    ):
         (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / path).write_text(json.dumps(content))
     return tmp_path
@@ -363,7 +388,7 @@ def with_records(tmp_path: Path) -> Path:
 @pytest.mark.parametrize("name", sorted(speed.DIRECTIVES))
 def test_missing_speed_record_is_said(name: str, tmp_path: Path):
     said = speed.DIRECTIVES[name](tmp_path)
-    assert said.startswith("No picture" if name == "prefill_picture" else "No record is stored: there is no `bench")
+    assert said.startswith("No picture" if name.endswith("_picture") else "No record is stored: there is no `bench")
 
 
 def test_speed_tables_show_the_records(with_records: Path):
@@ -386,6 +411,27 @@ def test_speed_tables_show_the_records(with_records: Path):
     assert "| 128K | 8 | random | 512 | 25 | 10 |" in show["prefill_budgets"]
     assert "| 8 | 1 | 1 | 3,072 |" in show["prefill_memory"]
     assert "| attention | flash | – | 128K | 8 | failed: out of memory |" in show["prefill_missing"]
+    assert "- ceilings: copy 4.5 TB/s" in show["decode_setup"]
+    assert "| H_kv | queries | keys | by | B = 1 | B = 32 |" in show["decode_speedup"]
+    assert "| 8 | 1 | 8K | decode kernels | 0.25 (1\u00a0ms) | – |" in show["decode_speedup"]
+    assert "| 8 | 1 | 128K | decode kernels | 10 (0.05\u00a0ms) | 4 (4\u00a0ms) |" in show["decode_speedup"]
+    assert "| 8 | 1 | 128K | decode kernels\u00a0≈ | 12.5 (0.04\u00a0ms) | – |" in show["decode_speedup"]
+    assert "1M" not in show["decode_speedup"]
+    assert "| 8 | 1 | 128K | dense, cuDNN | 0.5 | 16 |" in show["decode_dense"]
+    assert "| 8 | 1 | 128K | dense, FlashAttention | 1 | 32 |" in show["decode_dense"]
+    assert "| 8 | 2 | 128K | dense, cuDNN | 0.6 | – |" in show["decode_dense"]
+    assert "| 8 | 1 | 128K | decode kernels | 50% | 50% |" in show["decode_roofline"]
+    assert "| 8 | 1 | 128K | general kernels | 25% | 25% |" in show["decode_roofline"]
+    assert "| 8 | 1 | 128K | dense, cuDNN | 25% | 25% |" in show["decode_roofline"]
+    assert show["decode_kernels"].splitlines()[2:] == ["| 8 | 1 | 128K | decode kernels | 2 | 0.5 |"]
+    assert show["decode_losses"].splitlines()[2:] == [
+        "| 8 | 1 | 8K | 1 | exact | dense, cuDNN | 0.25 |",
+        "| 8 | 1 | 128K | 32 | exact | general kernels | 0.5 |",
+    ]
+    assert show["decode_missing"].splitlines()[2:] == [
+        "| 8 | 1 | 1M | 32 | gsa_fast, cudnn | left out: 300 GiB |",
+        "| 8 | 2 | 128K | 1 | cudnn | without a mask |",
+    ]
     assert "| 128K | 8 | approximate | output | pass | 2048 | 0.001 | 0.01 | 10% |" in show["long_verification"]
     assert "| 128K | 8 | approximate | 2000 | 99.990% | 99.80% | 3 | 9 |" in show["long_verification"]
     assert "| a sort | 20 ms | ms: 31.5; recall: 1 | dropped |" in show["tried"]
@@ -403,12 +449,12 @@ def test_a_speed_record_that_lacks_a_field_or_is_no_list_is_an_error(with_record
         speed.prefill_speedup(with_records)
 
 
-@pytest.mark.parametrize("name", ["PREFILL", "LONG", "TRIED"])
+@pytest.mark.parametrize("name", ["PREFILL", "DECODE", "LONG", "TRIED"])
 def test_stored_speed_records_have_the_expected_form(name: str):
     path = getattr(speed, name)
     if not (ROOT / path).is_file():
         pytest.skip("no record is stored")
-    wanted = {"PREFILL": "prefill_", "LONG": "long_verification", "TRIED": "tried"}[name]
+    wanted = {"PREFILL": "prefill_", "DECODE": "decode_", "LONG": "long_verification", "TRIED": "tried"}[name]
     for directive, make in speed.DIRECTIVES.items():
         if directive.startswith(wanted):
             assert make(ROOT), directive
@@ -422,7 +468,7 @@ def draw_performance(root: Path, out: Path) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, cwd=root, capture_output=True, text=True, check=False)
 
 
-def test_the_performance_picture_is_drawn_from_the_records_and_refused_without(with_records: Path):
+def test_the_performance_pictures_are_drawn_from_the_records_and_refused_without(with_records: Path):
     for name in ("figures/performance.py", "figures/style.py", "hooks/speed.py"):
         (with_records / "docs" / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(DOCS / name, with_records / "docs" / name)
@@ -431,8 +477,16 @@ def test_the_performance_picture_is_drawn_from_the_records_and_refused_without(w
     assert done.returncode == 0, done.stderr
     for scheme in ("light", "dark"):
         assert "random" in (figures / f"performance_speedup.{scheme}.svg").read_text(encoding="utf-8")
+        assert "128K keys" in (figures / f"performance_decode.{scheme}.svg").read_text(encoding="utf-8")
     assert json.loads((figures / "performance.json").read_text())["devices"] == ["some device"]
+    assert "performance_decode.dark.svg#only-dark" in speed.decode_picture(with_records)
     assert "performance_speedup.dark.svg#only-dark" in speed.prefill_picture(with_records)
+    (with_records / speed.DECODE).unlink()
+    alone = with_records / "alone"
+    alone.mkdir()
+    assert draw_performance(with_records, alone).returncode == 0
+    drawn = {"performance.json", "performance_speedup.light.svg", "performance_speedup.dark.svg"}
+    assert {path.name for path in alone.iterdir()} == drawn
     (with_records / speed.PREFILL).unlink()
     done = draw_performance(with_records, figures)
     assert done.returncode == 1

@@ -1,15 +1,18 @@
-"""Picture of docs/verify/performance.md: speed of the whole path over cuDNN against length, from the stored records."""
+"""Pictures of docs/verify/performance.md from the stored records: speed over cuDNN of the whole path against length,
+and, where records of decoding are stored, of a decode step against batch size."""
 
 import sys
+from itertools import cycle
 from pathlib import Path
 
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, NullLocator
 from style import BLUE, GREEN, ORANGE, main
 
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT / "docs/hooks"))
-from speed import PREFILL, Prefill, length  # noqa: E402
+from speed import PREFILL, Decode, Prefill, length  # noqa: E402
 
 PURPLE, GREY = "#b565a7", "#808690"
 LINES = {
@@ -27,7 +30,16 @@ if not (ROOT / PREFILL).is_file():
     sys.exit(
         f"There is nothing to draw: no record is stored in {PREFILL}. Run `python -m gsa_fast bench prefill` first."
     )
-RECORDS = Prefill(ROOT)
+RECORDS, STEPS = Prefill(ROOT), Decode(ROOT)
+
+
+def speed_axes(axes: Axes) -> None:
+    """Powers of two both ways, and a dashed line at 1: below it dense attention wins."""
+    axes.axhline(1, color=GREY, linestyle=(0, (4, 3)), linewidth=1)
+    axes.set_xscale("log", base=2)
+    axes.set_yscale("log", base=2)
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}×"))
+    axes.yaxis.set_minor_locator(NullLocator())
 
 
 def speedup() -> Figure:
@@ -44,12 +56,8 @@ def speedup() -> Figure:
             if points:
                 L, x = zip(*points, strict=True)
                 axes.plot(L, x, dashes, color=colour, marker=marker, markersize=3, linewidth=1.2, label=name)
-        axes.axhline(1, color=GREY, linestyle=(0, (4, 3)), linewidth=1)
-        axes.set_xscale("log", base=2)
-        axes.set_yscale("log", base=2)
+        speed_axes(axes)
         axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: length(int(value))))
-        axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}×"))
-        axes.yaxis.set_minor_locator(NullLocator())
         axes.set_title(f"{heads} key/value head{'s' if heads > 1 else ''}", fontsize=9)
         axes.set_xlabel("tokens")
     panels[0].set_ylabel("speed over cuDNN")
@@ -64,6 +72,35 @@ def speedup() -> Figure:
     return figure
 
 
+def decode() -> Figure:
+    """One line per number of keys: one query, the most key/value heads; below the dashed line dense attention wins."""
+    figure = Figure(figsize=(5.2, 3.2))
+    axes = figure.subplots()
+    heads = STEPS.sizes[0][0]
+    shown = [size for size in STEPS.sizes if size[:2] == (heads, 1)]
+    for size, colour, marker in zip(shown, cycle((BLUE, ORANGE, GREEN, PURPLE, GREY)), cycle("os^Dv")):
+        points = [(B, x) for B in STEPS.batches if (x := STEPS.speedup(size, B)) is not None]
+        if points:
+            axes.plot(
+                *zip(*points, strict=True),
+                color=colour,
+                marker=marker,
+                markersize=3,
+                linewidth=1.2,
+                label=f"{length(size[2])} keys",
+            )
+    speed_axes(axes)
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axes.set_title(f"{heads} key/value head{'s' if heads > 1 else ''}, one query", fontsize=9)
+    axes.set_xlabel("sequences")
+    axes.set_ylabel("speed over cuDNN")
+    axes.legend(loc="center left", bbox_to_anchor=(1, 0.5))
+    return figure
+
+
 if __name__ == "__main__":
-    devices = sorted({record["device"] for record in RECORDS.all})
-    main("performance", {"speedup": speedup}, {"devices": devices, "records": len(RECORDS.all)})
+    facts = {"devices": sorted({record["device"] for record in RECORDS.all + STEPS.all}), "records": len(RECORDS.all)}
+    pictures = {"speedup": speedup}
+    if STEPS.cases:
+        pictures["decode"], facts["decode_records"] = decode, len(STEPS.all)
+    main("performance", pictures, facts)

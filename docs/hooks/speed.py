@@ -1,22 +1,26 @@
 """Tables of the performance page, from the record files: every figure on it comes from here."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 RESULTS = "benchmarks/results/h200"
 PREFILL = f"{RESULTS}/prefill.json"
+DECODE = f"{RESULTS}/decode.json"
 LONG = f"{RESULTS}/long_verification.json"
 TRIED = f"{RESULTS}/tried.json"
-PICTURE = "figures/performance_speedup"
+PREFILL_PICTURE = "figures/performance_speedup"
+DECODE_PICTURE = "figures/performance_decode"
 K_BASE = 2048  # the budget of every table but the one over budgets
+FUSED, GENERAL = "gsa_fast", "gsa_fast_general"
 STAGES = ("indexer", "indexed_selection", "gates", "attention", "whole")
 
 Record = dict[str, Any]
 
 
 def missing(path: str) -> str:
-    return f"No record is stored: there is no `{path}`."
+    return f"No record is stored: there is no `{path}`. Not measured yet."
 
 
 def load(root: Path, path: str) -> list[Record]:
@@ -73,7 +77,6 @@ class Prefill:
 
     def __init__(self, root: Path) -> None:
         self.all = load(root, PREFILL)
-        self.ceilings = [r for r in self.all if r["case"] == "ceiling"]
         self.cases = [r for r in self.all if r["case"] != "ceiling"]
         self.dense = {
             (r["impl"], r["shape"]["H_kv"], r["shape"]["L"]): r for r in self.cases if r["impl"] in ("cudnn", "flash")
@@ -96,27 +99,37 @@ class Prefill:
         return dense / sparse if dense and sparse else None
 
 
-def prefill_setup(root: Path) -> str:
-    """`{{ prefill_setup }}`: device, versions, ceilings and the commands that wrote the records."""
-    p = Prefill(root)
-    if not p.all:
-        return missing(PREFILL)
-    lines = [f"From `{PREFILL}`, {len(p.all)} records:", ""]
+def setup(path: str, found: list[Record]) -> str:
+    """Device, versions, ceilings and the commands that wrote the records of a file."""
+    if not found:
+        return missing(path)
+    lines = [f"From `{path}`, {len(found)} records:", ""]
     for name in ("device", "torch", "triton", "seed", "commit"):
-        lines.append(f"- {name}: " + ", ".join(f"`{v}`" for v in dict.fromkeys(str(r[name]) for r in p.all)))
-    lines.append("- commands: " + ", ".join(f"`{c}`" for c in dict.fromkeys(r["command"] for r in p.all)))
+        lines.append(f"- {name}: " + ", ".join(f"`{v}`" for v in dict.fromkeys(str(r[name]) for r in found)))
+    lines.append("- commands: " + ", ".join(f"`{c}`" for c in dict.fromkeys(r["command"] for r in found)))
     units = {"tflops": "TFLOP/s", "tbps": "TB/s", "tops": "T/s"}
-    rates = [f"{r['impl']} {figure(r[u])} {name}" for r in p.ceilings for u, name in units.items() if u in r]
+    ceilings = [r for r in found if r["case"] == "ceiling"]
+    rates = [f"{r['impl']} {figure(r[u])} {name}" for r in ceilings for u, name in units.items() if u in r]
     lines.append("- ceilings: " + ", ".join(rates))
     return "\n".join(lines)
 
 
+def picture(root: Path, path: str, alt: str) -> str:
+    """A plot in both schemes, if it was drawn."""
+    if not all((root / "docs" / f"{path}.{scheme}.svg").is_file() for scheme in ("light", "dark")):
+        return f"No picture: there is no `docs/{path}.light.svg`."
+    return "\n".join(f"![{alt}](../{path}.{scheme}.svg#only-{scheme})" for scheme in ("light", "dark"))
+
+
+def prefill_setup(root: Path) -> str:
+    """`{{ prefill_setup }}`: device, versions, ceilings and the commands that wrote the records."""
+    return setup(PREFILL, Prefill(root).all)
+
+
 def prefill_picture(root: Path) -> str:
-    """`{{ prefill_picture }}`: the plot, if it was drawn."""
-    if not all((root / "docs" / f"{PICTURE}.{scheme}.svg").is_file() for scheme in ("light", "dark")):
-        return f"No picture: there is no `docs/{PICTURE}.light.svg`."
+    """`{{ prefill_picture }}`: the plot of the whole path's speed, if it was drawn."""
     alt = "Speed of the whole path over cuDNN against length, one line per selection, one panel per number of heads"
-    return "\n".join(f"![{alt}](../{PICTURE}.{scheme}.svg#only-{scheme})" for scheme in ("light", "dark"))
+    return picture(root, PREFILL_PICTURE, alt)
 
 
 def prefill_speedup(root: Path) -> str:
@@ -262,6 +275,164 @@ def prefill_missing(root: Path) -> str:
     return table(["stage", "by", "selection", "L", "H_kv", "why"], rows, left=6)
 
 
+class Decode:
+    """The decode records, by what they measure.
+
+    A *size* is (H_kv, queries, keys), a *line* (impl, sigmoid mode).
+    """
+
+    def __init__(self, root: Path) -> None:
+        self.all = load(root, DECODE)
+        self.cases = [r for r in self.all if r["case"] != "ceiling"]
+        self.by = {(*self.size(r), r["shape"]["B"], r["impl"], r["sigmoid_mode"]): r for r in self.cases}
+        self.sizes = sorted({self.size(r) for r in self.cases}, key=lambda size: (-size[0], *size[1:]))
+        self.batches = sorted({r["shape"]["B"] for r in self.cases})
+        ours = {(r["impl"], r["sigmoid_mode"]) for r in self.cases if r["impl"] in (FUSED, GENERAL)}
+        self.modes = sorted({mode for _, mode in ours}, key=lambda mode: mode != "exact")
+
+    @staticmethod
+    def size(record: Record) -> tuple[int, int, int]:
+        shape = record["shape"]
+        return shape["H_kv"], shape["L"], shape["S"]
+
+    def record(self, size: tuple[int, int, int], B: int, impl: str, mode: str | None = None) -> Record | None:
+        return self.by.get((*size, B, impl, mode))
+
+    def ratio(
+        self, size: tuple[int, int, int], B: int, slow: tuple[str, str | None], fast: tuple[str, str | None]
+    ) -> float | None:
+        """Time of the line `slow` over that of `fast`, None where one of them was not measured."""
+        times = [median(self.record(size, B, *line)) for line in (slow, fast)]
+        return times[0] / times[1] if times[0] and times[1] else None
+
+    def speedup(self, size: tuple[int, int, int], B: int, impl: str = FUSED, mode: str = "exact") -> float | None:
+        """cuDNN's time over ours."""
+        return self.ratio(size, B, ("cudnn", None), (impl, mode))
+
+    def table(self, cells: dict[str, Callable[[tuple[int, int, int], int], str]]) -> str:
+        """A row for each size and named function of (size, B), a column for each batch size; none of dashes alone."""
+        rows = []
+        for size in self.sizes:
+            for name, cell in cells.items():
+                shown = [cell(size, B) for B in self.batches]
+                if set(shown) != {"–"}:
+                    rows.append([str(size[0]), str(size[1]), length(size[2]), name, *shown])
+        header = ["H_kv", "queries", "keys", "by", *(f"B = {B}" for B in self.batches)]
+        return table(header, rows, left=4) if rows else "No case was measured."
+
+    def ours(self) -> dict[str, tuple[str, str]]:
+        """The lines of our kernels by the names that tables give them."""
+        kinds = {FUSED: "decode kernels", GENERAL: "general kernels"}
+        return {
+            name + ("\u00a0≈" if mode == "approximate" else ""): (impl, mode)
+            for impl, name in kinds.items()
+            for mode in self.modes
+        }
+
+
+def decode_setup(root: Path) -> str:
+    """`{{ decode_setup }}`: device, versions, ceilings and the commands that wrote the records."""
+    return setup(DECODE, Decode(root).all)
+
+
+def decode_picture(root: Path) -> str:
+    """`{{ decode_picture }}`: the plot, if it was drawn."""
+    return picture(root, DECODE_PICTURE, "Speed of a decode step over cuDNN against batch size, one line per length")
+
+
+def decode_speedup(root: Path) -> str:
+    """`{{ decode_speedup }}`: how many times faster than cuDNN a step is (below 1: slower), and its milliseconds."""
+    d = Decode(root)
+    if not d.cases:
+        return missing(DECODE)
+
+    def cell(impl: str, mode: str) -> Callable[[tuple[int, int, int], int], str]:
+        def show(size: tuple[int, int, int], B: int) -> str:
+            ms = median(d.record(size, B, impl, mode))
+            return "–" if ms is None else f"{figure(d.speedup(size, B, impl, mode))} ({figure(ms)}\u00a0ms)"
+
+        return show
+
+    return d.table({name: cell(*line) for name, line in d.ours().items() if line[0] == FUSED})
+
+
+def decode_dense(root: Path) -> str:
+    """`{{ decode_dense }}`: milliseconds of a step of dense attention."""
+    d = Decode(root)
+    if not d.cases:
+        return missing(DECODE)
+
+    def cell(impl: str) -> Callable[[tuple[int, int, int], int], str]:
+        return lambda size, B: figure(median(d.record(size, B, impl)))
+
+    return d.table({"dense, cuDNN": cell("cudnn"), "dense, FlashAttention": cell("flash")})
+
+
+def decode_roofline(root: Path) -> str:
+    """`{{ decode_roofline }}`: share of the time that the bytes no kernel can spare take at the copy ceiling."""
+    d = Decode(root)
+    if not d.cases:
+        return missing(DECODE)
+
+    def cell(impl: str, mode: str | None) -> Callable[[tuple[int, int, int], int], str]:
+        def show(size: tuple[int, int, int], B: int) -> str:
+            r = d.record(size, B, impl, mode)
+            return percent(r["share_of_roofline"] if r else None)
+
+        return show
+
+    lines: dict[str, tuple[str, str | None]] = {**d.ours(), "dense, cuDNN": ("cudnn", None)}
+    return d.table({name: cell(*line) for name, line in lines.items()})
+
+
+def decode_kernels(root: Path) -> str:
+    """`{{ decode_kernels }}`: time of the general kernels over that of the decode kernels."""
+    d = Decode(root)
+    if not d.cases:
+        return missing(DECODE)
+
+    def cell(mode: str) -> Callable[[tuple[int, int, int], int], str]:
+        return lambda size, B: figure(d.ratio(size, B, (GENERAL, mode), (FUSED, mode)))
+
+    names = {name: mode for name, (impl, mode) in d.ours().items() if impl == FUSED}
+    return d.table({name: cell(mode) for name, mode in names.items()})
+
+
+def decode_losses(root: Path) -> str:
+    """`{{ decode_losses }}`: where a step is slower than cuDNN, or than the general kernels."""
+    d = Decode(root)
+    if not d.cases:
+        return missing(DECODE)
+    rows = []
+    for size in d.sizes:
+        for B in d.batches:
+            for mode in d.modes:
+                rivals = {"dense, cuDNN": ("cudnn", None), "general kernels": (GENERAL, mode)}
+                for name, rival in rivals.items():
+                    ratio = d.ratio(size, B, rival, (FUSED, mode))
+                    if ratio is not None and ratio < 1:
+                        rows.append([*(str(size[0]), str(size[1]), length(size[2]), str(B)), mode, name, figure(ratio)])
+    if not rows:
+        return "Nowhere among the measured cases."
+    return table(["H_kv", "queries", "keys", "B", "σ", "slower than", "speed over it"], rows, left=6)
+
+
+def decode_missing(root: Path) -> str:
+    """`{{ decode_missing }}`: the cases that were not measured, or not as the others, and why."""
+    d = Decode(root)
+    if not d.cases:
+        return missing(DECODE)
+    reasons: dict[tuple[str, ...], list[str]] = {}
+    for r in d.cases:
+        if said := r.get("reason") or r.get("note"):
+            H_kv, N, S = d.size(r)
+            reasons.setdefault((str(H_kv), str(N), length(S), str(r["shape"]["B"]), said), []).append(r["impl"])
+    if not reasons:
+        return "Every case was measured."
+    rows = [[*key[:4], ", ".join(dict.fromkeys(impls)), key[4]] for key, impls in reasons.items()]
+    return table(["H_kv", "queries", "keys", "B", "by", "why"], rows, left=6)
+
+
 def long_verification(root: Path) -> str:
     """`{{ long_verification }}`: the stored results of `python -m gsa_fast verify --length`."""
     found = load(root, LONG)
@@ -319,6 +490,8 @@ DIRECTIVES = {
     f.__name__: f
     for f in (
         prefill_setup, prefill_picture, prefill_speedup, prefill_lengths, prefill_roofline, prefill_crossover,
-        prefill_methods, prefill_budgets, prefill_memory, prefill_missing, long_verification, tried,
+        prefill_methods, prefill_budgets, prefill_memory, prefill_missing,
+        decode_setup, decode_picture, decode_speedup, decode_dense, decode_roofline, decode_kernels, decode_losses,
+        decode_missing, long_verification, tried,
     )
 }  # fmt: skip

@@ -152,6 +152,14 @@ class Overlap:
     union_over_k: float
 
 
+def union_sizes(positions: Tensor) -> Tensor:
+    """How many different positions each row holds, negative ones aside: [R, n] to int64 [R]."""
+    taken = positions.sort(-1)[0]
+    new = taken >= 0
+    new[:, 1:] &= taken[:, 1:] != taken[:, :-1]
+    return new.sum(-1)
+
+
 def measure_overlap(selection: Selection, rows: int, *, samples: int = 256, seed: int = 0) -> Overlap:
     """`Overlap` over up to `samples` random tiles of `rows` consecutive queries of sequence 0."""
     indices, counts = selection.indices[0], selection.counts[0]
@@ -162,10 +170,7 @@ def measure_overlap(selection: Selection, rows: int, *, samples: int = 256, seed
     sizes, ratios = [], []
     for tile in chosen.split(32):
         row = tile[:, None] * rows + torch.arange(rows, device=indices.device)
-        taken = indices[row].reshape(len(tile), rows * K).sort(-1)[0]
-        new = taken >= 0
-        new[:, 1:] &= taken[:, 1:] != taken[:, :-1]
-        size = new.sum(-1).double()
+        size = union_sizes(indices[row].reshape(len(tile), rows * K)).double()
         sizes.append(size)
         ratios.append(size / counts[row].double().mean(-1))
     return Overlap(float(counts.double().mean()), float(torch.cat(sizes).mean()), float(torch.cat(ratios).mean()))
@@ -208,11 +213,20 @@ class AttentionInputs:
 
 
 def random_indexer_inputs(
-    L: int, config: GSAConfig, *, constant: bool = False, seed: int, device: str, dtype: torch.dtype
+    L: int,
+    config: GSAConfig,
+    *,
+    B: int = 1,
+    S: int | None = None,
+    constant: bool = False,
+    seed: int,
+    device: str,
+    dtype: torch.dtype,
 ) -> IndexerInputs:
     """Normal inputs of the scale that a freshly initialised layer gives, or constant ones, whose scores are all equal.
 
-    V̄ is 0, unset; `with_mean_variance` sets it.
+    B sequences of L queries and S keys, by default one with as many keys as queries. V̄ is 0, unset;
+    `with_mean_variance` sets it.
     """
     g = torch.Generator(device).manual_seed(seed)
 
@@ -225,7 +239,7 @@ def random_indexer_inputs(
     bias = torch.zeros(c.H_I, device=device)
     if not constant:
         bias = 0.1 * torch.randn(c.H_I, device=device, generator=g)
-    tensors = draw(1, L, c.H_I, c.d_I), draw(1, L, c.d_I), draw(1, L, c.H_I)
+    tensors = draw(B, L, c.H_I, c.d_I), draw(B, L if S is None else S, c.d_I), draw(B, L, c.H_I)
     return IndexerInputs(*tensors, bias, torch.zeros((), device=device))
 
 

@@ -1,42 +1,31 @@
 """`python -m gsa_fast bench prefill`: the forward pass and its stages beside dense attention."""
 
 import argparse
-import sys
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
-from pathlib import Path
+from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.nn.functional import scaled_dot_product_attention
-from tqdm import tqdm
-from triton import TritonError
 
 import gsa_fast
 from gsa_fast._backend import INTERPRETED
-from gsa_fast.bench import patterns, records, rooflines
-from gsa_fast.bench.rooflines import Ceilings, Work
-from gsa_fast.bench.timing import SECONDS, Timing, first_line, measure, measure_ceilings
+from gsa_fast.bench import patterns, records, rooflines, suite
+from gsa_fast.bench.dense import BASELINES, dense_call
+from gsa_fast.bench.suite import D_H, D_I, DTYPE, H_I, K_BASE, H, Kept, Prepared, Skipped, cell, device_works
+from gsa_fast.bench.timing import SECONDS, measure, measure_ceilings
 from gsa_fast.selection import SIGMOID_MODES
 from gsa_ref import GSAConfig, Selection
 
 SUITE = "prefill"
-H, D_H, H_I, D_I, K_BASE = 32, 128, 4, 64, 2048
 LENGTHS = (2048, 4096, 8192, 16384, 32768, 65536, 131072)
 KV_HEADS = (8, 1)
 QUICK_LENGTHS, QUICK_SELECTIONS, QUICK_SECONDS = (2048, 8192, 131072), ("random", "clustered p=0.95"), 0.2
-SHORTEST = 16
 MILLION = 1048576  # from here on one key/value head by default, and the baselines come last
 GRAPH_LENGTH = 8192  # up to here both sides are replayed from CUDA graphs
 SCORES_BYTES = 8 * 2**30  # the indexer alone stores all scores: longer inputs are left out
 BASELINE_SECONDS = 60.0  # a baseline that two calls of would take longer is left out
-BASELINES = {"cudnn": SDPBackend.CUDNN_ATTENTION, "flash": SDPBackend.FLASH_ATTENTION}
 EXPECTED_TFLOPS = {"cudnn": 500.0, "flash": 300.0}  # to predict how long a baseline takes, nothing else
-DTYPE = torch.bfloat16
-# What may go wrong in one case without ending the others: memory, an unsupported shape, a kernel that does not fit.
-CASE_ERRORS = (RuntimeError, ValueError, TritonError)
 
 
 @dataclass(frozen=True)
@@ -107,21 +96,6 @@ def plan(lengths: list[int], kv_heads: list[int] | None, k_bases: list[int], sel
     return cases
 
 
-class Kept:
-    """Remembers the newest values of a function: what the next case needs again, and no more memory than that."""
-
-    def __init__(self, make: Callable[..., Any], newest: int) -> None:
-        self.make, self.newest = make, newest
-        self.values: dict[Any, Any] = {}
-
-    def __call__(self, *key: Any) -> Any:
-        if key not in self.values:
-            while len(self.values) >= self.newest:
-                del self.values[next(iter(self.values))]
-            self.values[key] = self.make(*key)
-        return self.values[key]
-
-
 class Inputs:
     """Inputs, selections and overlaps of the cases, drawn when they are needed."""
 
@@ -169,45 +143,6 @@ class Inputs:
         return patterns.measure_overlap(self.selection(L, k_base, name), rows, seed=self.seed)
 
 
-def baseline(impl: str, inputs: patterns.AttentionInputs) -> tuple[Callable[[], Tensor], str]:
-    """A call of PyTorch's dense attention on contiguous copies in its layout [B, H, L, d_h], and a note.
-
-    If the backend refuses grouped heads, keys and values are repeated beforehand, and the note says so.
-    """
-    q, k, v = (x.transpose(1, 2).contiguous() for x in (inputs.q, inputs.k, inputs.v))
-    grouped = k.shape[1] != q.shape[1]
-
-    def call() -> Tensor:
-        with sdpa_kernel(BASELINES[impl]):
-            return scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=grouped)
-
-    try:
-        with sdpa_kernel(BASELINES[impl]):  # a few rows show whether the backend takes the heads
-            few_q, few_k, few_v = (x[:, :, :64].contiguous() for x in (q, k, v))
-            scaled_dot_product_attention(few_q, few_k, few_v, is_causal=True, enable_gqa=grouped)
-    except RuntimeError:
-        if not grouped:
-            raise
-        repeat = q.shape[1] // k.shape[1]
-        k, v = k.repeat_interleave(repeat, 1), v.repeat_interleave(repeat, 1)
-        grouped = False
-        return call, "keys and values repeated per query head: the backend takes no grouped heads"
-    return call, ""
-
-
-class Skipped(Exception):
-    """A case that is left out on purpose; the message is the reason that its record gives."""
-
-
-@dataclass
-class Prepared:
-    """What a case runs, the work behind its roofline, and fields of its record."""
-
-    call: Callable[[], Any]
-    stages: list[Work]
-    fields: dict[str, Any] = field(default_factory=dict)
-
-
 def prepare(case: Case, inputs: Inputs) -> Prepared:
     """Inputs and the call of one case.
 
@@ -220,7 +155,9 @@ def prepare(case: Case, inputs: Inputs) -> Prepared:
         expected = 2 * work.flop / (1e12 * EXPECTED_TFLOPS[case.impl])
         if expected > BASELINE_SECONDS:
             raise Skipped(f"left out: two calls would take about {expected:.0f} s")
-        call, note = baseline(case.impl, inputs.attention(L, case.H_kv, False))
+        given = inputs.attention(L, case.H_kv, False)
+        tensors = (x.transpose(1, 2).contiguous() for x in (given.q, given.k, given.v))
+        call, note = dense_call(case.impl, *tensors, causal=True)
         return Prepared(call, [work], {"note": note} if note else {})
     if case.case == "indexer":
         if 4 * L * L > SCORES_BYTES:
@@ -278,102 +215,20 @@ def prepare(case: Case, inputs: Inputs) -> Prepared:
     return Prepared(whole, stages, fields)
 
 
-def to_record(
-    case: Case, where: dict[str, Any], timing: Timing | None, stages: list[Work], ceilings: Ceilings, reason: str = ""
-) -> records.Record:
-    """A record of design "Records": without a timing, times are null and `reason` says why.
-
-    `tflops` is the stages' matrix work, and `tbps` their bytes of the level (L2 or memory) that binds, over the median.
-    """
-    record: records.Record = {
-        "suite": SUITE,
-        "case": case.case,
-        "impl": case.impl,
-        "selection": case.selection,
-        "sigmoid_mode": case.sigmoid_mode,
-        "shape": case.shape,
-        "dtype": str(DTYPE).removeprefix("torch."),
-        "ms": None,
-        "peak_bytes": None,
-        "tbps": None,
-        "tflops": None,
-        "share_of_roofline": None,
-        "mean_k": None,
-        "union_over_k": None,
-        "p_eff": None,
-        "graph": False,
-        **where,
-    }
-    if timing is not None:
-        seconds = 1e-3 * timing.median
-        record["ms"] = {"median": timing.median, "p20": timing.p20, "p80": timing.p80}
-        record["repetitions"] = timing.repetitions
-        record["peak_bytes"] = timing.peak_bytes
-        record["graph"] = timing.graph
-        record["tflops"] = 1e-12 * sum(work.flop for work in stages) / seconds
-        moved = sum(
-            work.l2_bytes if work.l2_bytes / ceilings.gather > work.memory_bytes / ceilings.copy else work.memory_bytes
-            for work in stages
-        )
-        record["tbps"] = 1e-12 * moved / seconds
-        record["roofline_ms"] = 1e3 * rooflines.whole_seconds(stages, ceilings)
-        record["share_of_roofline"] = record["roofline_ms"] / timing.median
-        reason = timing.reason
-    if reason:
-        record["reason"] = reason
-    return record
-
-
-def ceiling_records(ceilings: Ceilings, timings: dict[str, Timing], where: dict[str, Any]) -> Iterator[records.Record]:
-    """One record per ceiling: the rate is in `tbps`, `tflops` or, for special functions, `tops` (1e12 per second)."""
-    unit = {"matmul": "tflops", "copy": "tbps", "gather": "tbps", "special": "tops"}
-    for name, timing in timings.items():
-        yield {
-            "suite": SUITE,
-            "case": "ceiling",
-            "impl": name,
-            "selection": None,
-            "shape": None,
-            "dtype": "float32" if name == "special" else "bfloat16",
-            "ms": {"median": timing.median, "p20": timing.p20, "p80": timing.p80},
-            unit[name]: 1e-12 * getattr(ceilings, name),
-            **where,
-        }
-
-
-def device_works() -> bool:
-    """Whether the device still takes work: after a fault in a kernel it refuses everything."""
-    try:
-        torch.cuda.synchronize()
-    except RuntimeError:
-        return False
-    return True
-
-
 def run(cases: list[Case], inputs: Inputs, *, seconds: float, where: dict[str, Any]) -> Iterator[records.Record]:
-    """Measure the ceilings, then every case; a case that fails gives a record that says so, and ends the run only if
-    the device refuses further work."""
+    """Measure the ceilings, then every case, as `suite.run_cases` says."""
     ceilings, timings = measure_ceilings()
-    yield from ceiling_records(ceilings, timings, where)
-    broken = False
-    with tqdm(cases, unit="case", leave=False, disable=None) as bar:
-        for case in bar:
-            bar.set_description(f"L={case.L} {case.selection or case.impl} {case.case}")
-            prepared, timing, reason = None, None, ""
-            try:
-                prepared = prepare(case, inputs)
-                timing = measure(prepared.call, graph=case.L <= GRAPH_LENGTH, seconds=seconds)
-            except Skipped as skipped:
-                reason = str(skipped)
-            except CASE_ERRORS as error:
-                reason = f"failed: {first_line(error)}"
-                broken = not device_works()
-            stages = prepared.stages if prepared else []
-            record = to_record(case, where, timing, stages, ceilings, reason)
-            yield record | (prepared.fields if prepared else {})
-            if broken:  # every later case would fail too, and replace what an earlier run measured
-                return
-            del prepared  # its inputs must not outlive it while the next ones are drawn
+    yield from suite.ceiling_records(SUITE, ceilings, timings, where)
+    yield from suite.run_cases(
+        SUITE,
+        cases,
+        ceilings,
+        where,
+        title=lambda case: f"L={case.L} {case.selection or case.impl} {case.case}",
+        prepare=lambda case: prepare(case, inputs),
+        measure=lambda case, prepared: measure(prepared.call, graph=case.L <= GRAPH_LENGTH, seconds=seconds),
+        works=device_works,
+    )
 
 
 def format_table(rows: list[records.Record], known: list[records.Record]) -> str:
@@ -382,7 +237,7 @@ def format_table(rows: list[records.Record], known: list[records.Record]) -> str
         (r["shape"]["L"], r["shape"]["H_kv"]): r["ms"]["median"] for r in known if r["impl"] == "cudnn" and r["ms"]
     }
     header = ("case", "impl", "L", "H_kv", "k", "selection", "σ", "ms [p20–p80]", "over cuDNN", "of roofline", "GiB")
-    lines = [header]
+    lines: list[tuple[str, ...]] = []
     for r in rows:
         if r["case"] == "ceiling":
             continue
@@ -390,9 +245,9 @@ def format_table(rows: list[records.Record], known: list[records.Record]) -> str
         lead = [
             r["case"],
             r["impl"],
-            *(_cell(size[n]) for n in ("L", "H_kv", "k")),
-            _cell(r["selection"]),
-            _cell(r["sigmoid_mode"]),
+            *(cell(size[n]) for n in ("L", "H_kv", "k")),
+            cell(r["selection"]),
+            cell(r["sigmoid_mode"]),
         ]
         if r["ms"] is None:
             lines.append((*lead, r["reason"], "", "", ""))
@@ -410,92 +265,35 @@ def format_table(rows: list[records.Record], known: list[records.Record]) -> str
                 f"{r['peak_bytes'] / 2**30:.2f}",
             )
         )
-    short = [line for line in lines if line[-1]]
-    widths = [max(len(line[i]) for line in short) for i in range(len(header))]
-    right = {2, 3, 4, 7, 8, 9, 10}
-
-    def render(line: tuple[str, ...]) -> str:
-        cells = (
-            c.ljust(w) if i not in right or not line[-1] else c.rjust(w)
-            for i, (c, w) in enumerate(zip(line, widths, strict=True))
-        )
-        return "  ".join(cells).rstrip()
-
-    return "\n".join([render(header), "  ".join("-" * w for w in widths), *(render(line) for line in lines[1:])])
-
-
-def _cell(value: Any) -> str:
-    return "–" if value is None else str(value)
-
-
-def format_ceilings(rows: list[records.Record]) -> str:
-    """The measured ceilings in one line."""
-    units = {"tflops": "TFLOP/s", "tbps": "TB/s", "tops": "T/s"}
-    found = [r for r in rows if r["case"] == "ceiling"]
-    return "Ceilings: " + ", ".join(
-        f"{r['impl']} {r[u]:.3g} {name}" for r in found for u, name in units.items() if u in r
-    )
+    return suite.format_lines(header, lines, right={2, 3, 4, 7, 8, 9, 10})
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of the suite."""
-    parser.add_argument("--length", action="append", type=int, metavar="L", help="only this length (may be repeated)")
-    parser.add_argument("--kv-heads", action="append", type=int, metavar="N", help="only this H_kv (may be repeated)")
+    suite.add_shared_arguments(parser, length="this length", quick="fewer lengths, patterns and repetitions")
     parser.add_argument(
         "--selection", action="append", choices=patterns.SELECTIONS, help="only this pattern (may be repeated)"
     )
     parser.add_argument(
         "--k-base", action="append", type=int, metavar="K", help=f"mean budget, default {K_BASE} (may be repeated)"
     )
-    parser.add_argument("--quick", action="store_true", help="fewer lengths, patterns and repetitions")
-    parser.add_argument("--seed", type=int, default=0, metavar="N", help="seed of the inputs (default 0)")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="merge the records into this file")
 
 
 def check_options(options: argparse.Namespace) -> str:
     """What is wrong with the options, or nothing."""
-    for L in options.length or []:
-        if L < SHORTEST:
-            return f"argument --length: expected at least {SHORTEST}, got {L}"
-    for heads in options.kv_heads or []:
-        if heads < 1 or H % heads:
-            return f"argument --kv-heads: expected a divisor of {H}, got {heads}"
     for k in options.k_base or []:
         if k < 1:
             return f"argument --k-base: expected a number ≥ 1, got {k}"
-    if options.json is not None:
-        try:
-            records.read(options.json)
-        except ValueError as error:
-            return f"argument --json: {error}"
-    return ""
+    return suite.check_shared_options(options, H)
 
 
 def main(options: argparse.Namespace, argv: list[str]) -> int:
     """Run the suite: 0 if every case ran or was left out on purpose, 1 if one failed, 2 without a GPU."""
-    if INTERPRETED or not torch.cuda.is_available():
-        problem = (
-            "TRITON_INTERPRET is set, and the interpreter's times mean nothing" if INTERPRETED else "there is none"
-        )
-        print(f"python -m gsa_fast bench needs a CUDA device: {problem}.", file=sys.stderr)
+    if suite.refuses(INTERPRETED):
         return 2
     lengths = options.length or list(QUICK_LENGTHS if options.quick else LENGTHS)
     selections = options.selection or list(QUICK_SELECTIONS if options.quick else patterns.SELECTIONS)
     cases = plan(lengths, options.kv_heads, options.k_base or [K_BASE], selections)
     seconds = QUICK_SECONDS if options.quick else SECONDS
-    where = records.environment(records.recorded_command(argv), options.seed)
-    print(f"{len(cases)} cases on {where['device']}, seed {options.seed}.", flush=True)
-    rows = []
-    for record in run(cases, Inputs(options.seed), seconds=seconds, where=where):
-        rows.append(record)
-        if options.json is not None:
-            records.write(options.json, [record])
-    known = records.merged(records.read(options.json) if options.json is not None else [], rows)
-    print(format_ceilings(rows))
-    print(format_table(rows, [r for r in known if r["device"] == where["device"]]))
-    failed = [r for r in rows if r.get("reason", "").startswith("failed")]
-    if failed:
-        print(f"\n{len(failed)} of {len(cases)} cases failed.")
-    if (left := len(cases) - sum(r["case"] != "ceiling" for r in rows)) > 0:
-        print(f"The device failed: {left} cases were not run.")
-    return 1 if failed else 0
+    measured = lambda where: run(cases, Inputs(options.seed), seconds=seconds, where=where)  # noqa: E731
+    return suite.report(measured, len(cases), options, argv, format_table)

@@ -5,6 +5,7 @@ number of causal pairs, and a multiply-add is two operations. The time of a stag
 if everything else overlapped perfectly; stages that follow one another add up.
 """
 
+import math
 from dataclasses import dataclass
 
 from gsa_ref import GSAConfig
@@ -15,7 +16,7 @@ TILE_ROWS = 64  # rows of a matrix instruction: 64/G queries × G heads
 
 @dataclass(frozen=True)
 class Ceilings:
-    """Measured limits of the machine, per second.
+    """Measured limits of the machine, per second; infinite, so that it never binds, where one was not measured.
 
     Attributes:
         matmul: bf16 matrix operations.
@@ -24,10 +25,10 @@ class Ceilings:
         special: exponentials; a sigmoid is at least one such operation (a tanh).
     """
 
-    matmul: float
-    copy: float
-    gather: float
-    special: float
+    matmul: float = math.inf
+    copy: float = math.inf
+    gather: float = math.inf
+    special: float = math.inf
 
 
 @dataclass(frozen=True)
@@ -118,6 +119,36 @@ def dense_work(L: int, config: GSAConfig) -> Work:
         flop=4 * c.d_h * c.H * pairs(L),
         special=c.H * pairs(L),
         memory_bytes=BF16 * L * c.d_h * 2 * (c.H + c.H_kv),
+    )
+
+
+def decode_work(B: int, N: int, S: int, config: GSAConfig, *, mean_k: float, union: float) -> Work:
+    """One step of B sequences: N queries each, at the end of S keys. Its bytes are those that no kernel can spare.
+
+    The indexer's keys once, 2·S·d_I bytes a sequence, and the rows of K and V that any of its queries selected once,
+    4·d_h·H_kv·U bytes; queries, both kinds of logits, the result, log-sum-exp and variance. No index list: a fused
+    kernel needs none. 2·N·S·H_I·d_I + 4·d_h·H·N·k operations.
+
+    Args:
+        mean_k: mean budget.
+        union: mean size of the union of a sequence's selections; mean_k for one query.
+    """
+    c, rows = config, B * N
+    queries = BF16 * rows * (3 * c.H * c.d_h + c.H_I * c.d_I + c.H_I) + FP32 * rows * (c.H + 1)
+    return Work(
+        flop=2 * rows * S * c.H_I * c.d_I + 4 * c.d_h * c.H * rows * mean_k,
+        special=rows * (S * c.H_I + c.H * mean_k + c.H * c.d_h),
+        memory_bytes=BF16 * B * (S * c.d_I + 2 * union * c.H_kv * c.d_h) + queries,
+    )
+
+
+def dense_decode_work(B: int, N: int, S: int, config: GSAConfig) -> Work:
+    """Dense attention of N queries a sequence over all S keys: K and V once, 4·S·d_h·H_kv bytes a sequence."""
+    c = config
+    return Work(
+        flop=4 * c.d_h * c.H * B * N * S,
+        special=c.H * B * N * S,
+        memory_bytes=2 * BF16 * B * c.d_h * (S * c.H_kv + N * c.H),
     )
 
 

@@ -1,6 +1,6 @@
 """How long a call takes on the device, how much memory it needs, and what the machine's ceilings are."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -52,12 +52,23 @@ def percentiles(milliseconds: list[float]) -> tuple[float, float, float]:
     return median, low, high
 
 
-def measure(call: Callable[[], Any], *, graph: bool, seconds: float = SECONDS) -> Timing:
+def take_turns(calls: list[Callable[[], Any]]) -> Callable[[], Any]:
+    """One call that makes them all in order, for `measure(..., turns=len(calls))`; its result is the last one's."""
+
+    def turn() -> Any:
+        for call in calls[:-1]:
+            call()
+        return calls[-1]()
+
+    return turn
+
+
+def measure(call: Callable[[], Any], *, graph: bool, seconds: float = SECONDS, turns: int = 1) -> Timing:
     """Time `call` with CUDA events: two warm-ups, then repetitions that are queued without waiting in between.
 
     The first warm-up gives the peak memory: what was allocated at most during the call, less what was allocated before
     and less the result. With `graph`, a captured graph is replayed instead of the call; if it cannot be captured, the
-    call is timed and `reason` says so.
+    call is timed and `reason` says so. A call that consists of `turns` calls gives the time of one of them.
     """
     torch.cuda.synchronize()
     torch.cuda.empty_cache()
@@ -83,7 +94,7 @@ def measure(call: Callable[[], Any], *, graph: bool, seconds: float = SECONDS) -
         times = [estimate]
     else:
         times = _event_times(run, repetitions(estimate / 1000, seconds))
-    return Timing(*percentiles(times), len(times), peak, graph and not reason, reason)
+    return Timing(*percentiles([time / turns for time in times]), len(times), peak, graph and not reason, reason)
 
 
 def _event_times(run: Callable[[], Any], n: int) -> list[float]:
@@ -136,8 +147,10 @@ def repeated_exponentials(x: Tensor, n: int) -> None:
     exponentials_kernel[(x.numel() // 1024,)](x, n, BLOCK=1024)
 
 
-def measure_ceilings(device: str = "cuda", seconds: float = 0.3) -> tuple[Ceilings, dict[str, Timing]]:
-    """The four ceilings of `Ceilings`, and their timings.
+def measure_ceilings(
+    names: Iterable[str] = ("matmul", "copy", "gather", "special"), *, device: str = "cuda", seconds: float = 0.3
+) -> tuple[Ceilings, dict[str, Timing]]:
+    """The ceilings of `Ceilings`, or those named, and their timings; the others stay infinite.
 
     copy: 2 GiB to another 2 GiB, both directions counted. gather: 8,192 programs read 2,048 random rows of 256 bytes
     each from a table of 32 MiB, which fits the L2 cache. matmul: 8192³ in bf16. special: 2^−x in a loop.
@@ -162,9 +175,10 @@ def measure_ceilings(device: str = "cuda", seconds: float = 0.3) -> tuple[Ceilin
         x = torch.rand(2**22, device=device)
         return lambda: repeated_exponentials(x, steps), x.numel() * steps
 
+    makers = {"matmul": matmul, "copy": copy, "gather": gather, "special": special}
     timings, rates = {}, {}
-    for name, make in {"matmul": matmul, "copy": copy, "gather": gather, "special": special}.items():
-        call, done = make()
+    for name in names:
+        call, done = makers[name]()
         timings[name] = measure(call, graph=False, seconds=seconds)
         rates[name] = done / (1e-3 * timings[name].median)
         del call

@@ -408,8 +408,9 @@ def test_the_recorded_command_names_no_file():
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
-def test_without_a_gpu_the_bench_refuses_in_one_sentence(capsys):
-    assert main(["bench", "prefill"]) == 2
+@pytest.mark.parametrize("suite", ["prefill", "decode"])
+def test_without_a_gpu_the_bench_refuses_in_one_sentence(suite, capsys):
+    assert main(["bench", suite]) == 2
     captured = capsys.readouterr()
     assert captured.out == ""
     assert captured.err.startswith("python -m gsa_fast bench needs a CUDA device")
@@ -419,15 +420,24 @@ def test_without_a_gpu_the_bench_refuses_in_one_sentence(capsys):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--length", "4"], "argument --length: expected at least 16, got 4"),
-        (["--kv-heads", "5"], "argument --kv-heads: expected a divisor of 32, got 5"),
-        (["--k-base", "0"], "argument --k-base: expected a number ≥ 1, got 0"),
-        (["--selection", "dense"], "argument --selection: invalid choice: 'dense'"),
-        (["--json", "/no/such/folder/x.json"], "argument --json: expected a file in an existing folder, got"),
+        (["prefill", "--length", "4"], "argument --length: expected at least 16, got 4"),
+        (["prefill", "--kv-heads", "5"], "argument --kv-heads: expected a divisor of 32, got 5"),
+        (["prefill", "--k-base", "0"], "argument --k-base: expected a number ≥ 1, got 0"),
+        (["prefill", "--selection", "dense"], "argument --selection: invalid choice: 'dense'"),
+        (
+            ["prefill", "--json", "/no/such/folder/x.json"],
+            "argument --json: expected a file in an existing folder, got",
+        ),
+        (["decode", "--length", "4"], "argument --length: expected at least 16, got 4"),
+        (["decode", "--kv-heads", "5"], "argument --kv-heads: expected a divisor of 32, got 5"),
+        (["decode", "--batch", "0"], "argument --batch: expected a number ≥ 1, got 0"),
+        (["decode", "--queries", "0"], "argument --queries: expected 1 to 8, got 0"),
+        (["decode", "--queries", "9"], "argument --queries: expected 1 to 8, got 9"),
+        (["decode", "--json", "/no/folder/x.json"], "argument --json: expected a file in an existing folder, got"),
     ],
 )
 def test_bad_usage_exits_2_and_names_the_argument(arguments, message, capsys):
     with pytest.raises(SystemExit) as stopped:
-        main(["bench", "prefill", *arguments])
+        main(["bench", *arguments])
     assert stopped.value.code == 2
     assert message in capsys.readouterr().err
