@@ -1,13 +1,15 @@
-"""Decoding: everything between the projections, for a few queries against a long cache, in three kernels.
+"""Decoding: everything between the projections, for a few queries against a long cache, in four kernels.
 
 1. `scores`: Eq. 7 for every key, and the best score of each group of keys.
-2. `select`: a program per row takes k_t (Eq. 8) and its k_t best keys from the groups that can hold one.
+2. `select`: a program per row takes k_t (Eq. 8) and a bound below the k_t-th best score; then many programs per row
+   list the keys that reach it, and the last of them picks the k_t best.
 3. `attend`: sparse attention, the selection split over programs; the last one combines and gates (Eq. 10).
 
 Nothing waits for the device, and launches depend on shapes alone: a CUDA graph may replay them while `start` and
 `lengths` change. Splits depend on S and on the row, not on the batch: neighbours never change a bit of a result.
 """
 
+import math
 from typing import Any, NamedTuple
 
 import torch
@@ -20,7 +22,7 @@ from gsa_fast.attention.rows import LOG2_E
 from gsa_fast.budget import RULE_CODES, as_scalar
 from gsa_fast.decode.attend import decode_attend_kernel
 from gsa_fast.decode.scores import decode_scores_kernel
-from gsa_fast.decode.select import decode_select_kernel
+from gsa_fast.decode.select import decode_select_kernel, decode_threshold_kernel
 from gsa_fast.selection import SIGMOID_MODES
 from gsa_ref import GSAConfig, Selection
 from gsa_ref._arguments import check_choice, check_decode_arguments
@@ -28,16 +30,18 @@ from gsa_ref.selection import check_selection_config
 
 MAX_QUERIES = 8
 
-MAX_GROUPS = 16384  # of keys, per row: a program of `decode_select_kernel` holds the best score of each in registers
-MAX_CAPACITY = 16384  # candidates per row, likewise
+# Groups of keys per row: a program of `decode_threshold_kernel` holds the best score of each in registers.
+MAX_GROUPS, LARGEST_GROUPS = 8192, 16384
 BLOCK_SCORES = 128  # keys per tile of `decode_scores_kernel`
 MAX_MEMBERS = 4  # of a group, in one such tile
 TILE_BYTES = 8192  # of K, and of V, per tile of `decode_attend_kernel`
-BLOCK_SELECT = 8192  # keys that `decode_select_kernel` gathers at a time
+BLOCK_SELECT = 8192  # keys that a program of `decode_select_kernel` reads at a time
+MAX_SHARDS = 16  # of a row's keys
 MAX_SPLITS = 32  # of a row's selection
 COMBINED = 4096  # numbers of several splits that are combined at a time
 SCORES_OPTIONS = {"num_stages": 3}
-SELECT_OPTIONS = {"num_warps": 32}
+SELECT_OPTIONS = {"num_warps": 16}
+THRESHOLD_WARPS = 4
 ATTEND_OPTIONS = {"num_warps": 4, "num_stages": 5}
 FLOAT32_ATTEND_OPTIONS = {"num_warps": 8, "num_stages": 5}
 
@@ -58,9 +62,24 @@ class DecodeOutput(NamedTuple):
     selection: Selection | None
 
 
-def group_members(S: int) -> int:
-    """How many keys form a group: the least power of two that leaves at most MAX_GROUPS groups."""
-    return triton.next_power_of_2(triton.cdiv(S, MAX_GROUPS))
+def group_members(S: int, K: int) -> int:
+    """How many keys form a group: the least power of two that leaves few groups, but two per slot of a selection.
+
+    The κ-th best of so many groups' best scores is close to the κ-th best score.
+    """
+    most = min(max(MAX_GROUPS, triton.next_power_of_2(2 * K)), LARGEST_GROUPS)
+    return triton.next_power_of_2(triton.cdiv(S, most))
+
+
+def shards_of(n_keys: int) -> int:
+    """How many programs share the keys of a row: a power of two."""
+    return min(MAX_SHARDS, triton.next_power_of_2(triton.cdiv(n_keys, BLOCK_SELECT)))
+
+
+def segment_of(K: int, shards: int) -> int:
+    """Candidates that a shard has room for. About 1.5 K of a row are expected, and six deviations of luck are left."""
+    expected = 1.5 * K / shards
+    return max(2, triton.next_power_of_2(math.ceil(expected + 6 * math.sqrt(expected))))
 
 
 def block_k(block_d: int, dtype: torch.dtype) -> int:
@@ -106,7 +125,7 @@ def launch_decode(
     block_l = triton.next_power_of_2(L)
     block_h = max(triton.next_power_of_2(H_I), 8 // block_l)  # 8 columns: the narrowest product of the matrix units
     columns = block_l * block_h
-    members = group_members(S)
+    members = group_members(S, K)
     block_m = min(members, MAX_MEMBERS)
     block_g = BLOCK_SCORES // block_m // (2 if q_idx.dtype == torch.float32 else 1) // (2 if columns > 32 else 1)
     groups = triton.cdiv(triton.cdiv(S, members), block_g) * block_g
@@ -123,18 +142,22 @@ def launch_decode(
         num_warps=4 if columns <= 16 else 8, **SCORES_OPTIONS,
     )  # fmt: skip
 
-    # A group's best key is a candidate, and few others are: twice K is generous.
-    capacity = min(2 * triton.next_power_of_2(K), MAX_CAPACITY)
+    low, arrived = scratch(B, L), scratch(B, L, H_kv + 1)
     all_groups = triton.next_power_of_2(groups)
-    chosen, candidates = scratch(B, L, groups), scratch(B, L, capacity, dtype=torch.int64)
-    arrived = scratch(B, L, H_kv)
-    decode_select_kernel[(B * L,)](
-        keys, best, statistics, mean_variance, start, lengths, chosen, candidates,
-        indices, counts, variance, arrived,
+    decode_threshold_kernel[(B * L,)](
+        best, statistics, mean_variance, start, lengths, low, counts, variance, arrived,
         L, S, K, H_kv, groups, tiles, k_base, k_min, k_max,
-        RULE=RULE_CODES[rule], MEMBERS=members, GROUPS=all_groups, BLOCK_G=block_g, CAPACITY=capacity,
-        BLOCK=BLOCK_SELECT, BLOCK_T=max(2, triton.next_power_of_2(tiles)), BLOCK_H=triton.next_power_of_2(H_kv),
-        **SELECT_OPTIONS,
+        RULE=RULE_CODES[rule], GROUPS=all_groups, BLOCK_G=block_g, BLOCK_T=max(2, triton.next_power_of_2(tiles)),
+        BLOCK_H=triton.next_power_of_2(H_kv + 1), num_warps=THRESHOLD_WARPS if all_groups <= MAX_GROUPS else 8,
+    )  # fmt: skip
+
+    shards = shards_of(groups * members)
+    segment = segment_of(K, shards)
+    entries, sizes = scratch(B, L, shards, segment, 2), scratch(B, L, shards)
+    decode_select_kernel[(B * L * shards,)](
+        keys, start, lengths, low, counts, entries, sizes, indices, arrived,
+        L, S, K, H_kv, groups,
+        MEMBERS=members, SHARDS=shards, SEGMENT=segment, BLOCK=BLOCK_SELECT, **SELECT_OPTIONS,
     )  # fmt: skip
 
     block_d, combined_g = max(16, triton.next_power_of_2(d_h)), triton.next_power_of_2(group)

@@ -93,7 +93,7 @@ def decode_attend_kernel(
         tl.store(p_m + split * (2 * GROUP) + GROUP + g, l, mask=g < GROUP)
         tl.store(p_acc + (split * GROUP + g)[:, None] * d_h + c[None, :], acc, mask=q_mask)
         tl.debug_barrier()  # the stores of all threads come before the arrival, which one thread announces
-        if tl.atomic_add(arrived_ptr + p_row, 1, sem="acq_rel", scope="gpu") == n_splits - 1:
+        if tl.atomic_add(arrived_ptr + row * (H_kv + 1) + h_kv, 1, sem="acq_rel", scope="gpu") == n_splits - 1:
             all_m, all_l, all_acc = combine_splits(
                 p_m, p_acc, n_splits, GROUP, d_h, COMBINED_G, BLOCK_D, SPLITS, BLOCK_SPLITS
             )

@@ -1,6 +1,9 @@
-"""Exact top k_t of a row of scores, of which one program reads only the groups that can hold a selected key.
+"""Exact top k_t of a row of scores, by many programs.
 
-The order of the list is that of the groups, not of the positions: the attention does not care.
+1. A program per row takes k_t (Eq. 8) and a bound that at least κ scores reach: the κ-th best of the groups' best.
+2. Shards of a row write what reaches the bound, their candidates; the shard that comes last picks the κ best of them.
+
+The order of the list is that of the shards, not of the positions: the attention does not care.
 """
 
 import triton
@@ -62,41 +65,51 @@ def select_from_row(
 
 
 @triton.jit
-def gather_candidates(
-    p_keys, p_chosen, p_candidates, n_chosen, groups, n_visible, low,
-    MEMBERS: tl.constexpr, CAPACITY: tl.constexpr, BLOCK: tl.constexpr,
+def write_candidates(
+    p_keys, p_words, shard, kappa, groups, n_visible, low,
+    MEMBERS: tl.constexpr, SHARDS: tl.constexpr, SEGMENT: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Write (key, position) of the first CAPACITY keys ≥ low of the chosen groups; how many there are."""
-    p_words = p_candidates.to(tl.pointer_type(tl.int32))  # a candidate is a position and, above it, a key
+    """Write (position, key) of the first SEGMENT keys ≥ low of every SHARDS-th group; how many there are.
+
+    Neighbouring positions belong to neighbouring groups, so that a run of selected ones spreads over all shards.
+    """
+    n_groups = tl.cdiv(tl.maximum(tl.minimum(groups, n_visible) - shard, 0), SHARDS)
+    end = tl.where(kappa > 0, n_groups * MEMBERS, 0)
     written = 0
-    end = n_chosen * MEMBERS
     for first in range(0, end, BLOCK):
         i = first + tl.arange(0, BLOCK)
-        group = tl.load(p_chosen + i // MEMBERS, mask=i < end, other=0)
+        group = shard + SHARDS * (i // MEMBERS)
         position = i % MEMBERS * groups + group
         inside = (i < end) & (position < n_visible)
         key = tl.load(p_keys + group.to(tl.int64) * MEMBERS + i % MEMBERS, mask=inside, other=MASKED_KEY)
         keep = (key >= low).to(tl.int32)
         slot = written + tl.cumsum(keep, axis=0) - keep
-        fits = (keep == 1) & (slot < CAPACITY)
+        fits = (keep == 1) & (slot < SEGMENT)
         store_where(p_words, 2 * slot, position, fits)
         store_where(p_words, 2 * slot + 1, key, fits)
         written += tl.sum(keep, axis=0)
+    unused = tl.arange(0, SEGMENT)
+    tl.store(p_words + 2 * unused + 1, tl.full([SEGMENT], MASKED_KEY, tl.int32), mask=unused >= written)
     return written
 
 
 @triton.jit
-def select_from_candidates(p_candidates, p_indices, size, kappa, low, CAPACITY: tl.constexpr):
-    """The κ ≥ 1 best of `size` ≥ κ candidates, all of them ≥ low."""
-    slot = tl.arange(0, CAPACITY)
-    entry = tl.load(p_candidates + slot, mask=slot < size, other=MASKED_KEY << 32)  # [CAPACITY]
-    key = (entry >> 32).to(tl.int32)
-    position = entry.to(tl.int32)
+def select_from_candidates(
+    p_words, p_indices, kappa, low, SHARDS: tl.constexpr, SEGMENT: tl.constexpr, USED: tl.constexpr
+):  # fmt: skip
+    """The κ ≥ 1 best candidates of a row, all of them ≥ low, at least κ, in the first USED places of each segment.
+
+    Other programs wrote them, so that the first-level cache, which belongs to a multiprocessor, is passed by (.cg).
+    """
+    slot = tl.arange(0, SHARDS * USED)
+    place = 2 * (slot // USED * SEGMENT + slot % USED)
+    key = tl.load(p_words + place + 1, cache_modifier=".cg")  # [SHARDS · USED]
     low = threshold_key(key, low, tl.max(key, axis=0), kappa)
     greater = key > low
     equal = key == low
     ties_wanted = kappa - tl.sum(greater.to(tl.int32), axis=0)
     last_tie = 0x7FFFFFFF
+    position = tl.load(p_words + place, mask=greater | equal, other=0, cache_modifier=".cg")
     if tl.sum(equal.to(tl.int32), axis=0) > ties_wanted:  # the lowest positions come first
         mirrored = tl.where(equal, last_tie - position, -1)
         nearest = tl.max(tl.where(equal, position, 0), axis=0)
@@ -106,14 +119,16 @@ def select_from_candidates(p_candidates, p_indices, size, kappa, low, CAPACITY: 
 
 
 @triton.jit
-def decode_select_kernel(
-    keys_ptr, best_ptr, statistics_ptr, mean_variance_ptr, start_ptr, lengths_ptr, chosen_ptr, candidates_ptr,
-    indices_ptr, counts_ptr, variance_ptr, arrived_ptr,
+def decode_threshold_kernel(
+    best_ptr, statistics_ptr, mean_variance_ptr, start_ptr, lengths_ptr,
+    low_ptr, counts_ptr, variance_ptr, arrived_ptr,
     L, S, K, H_kv, groups, tiles, k_base, k_min, k_max,
-    RULE: tl.constexpr, MEMBERS: tl.constexpr, GROUPS: tl.constexpr, BLOCK_G: tl.constexpr, CAPACITY: tl.constexpr,
-    BLOCK: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_H: tl.constexpr,
+    RULE: tl.constexpr, GROUPS: tl.constexpr, BLOCK_G: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_H: tl.constexpr,
 ):  # fmt: skip
-    """One program per row: variance, k_t (Eq. 8) and the k_t best keys, in an order that depends on nothing else."""
+    """One program per row: variance, κ = k_t (Eq. 8), and a key that at least κ keys reach.
+
+    It also sets to 0 what the programs of the other kernels count: those that have arrived, per row and head.
+    """
     row = tl.program_id(0).to(tl.int64)
     b, t = row // L, (row % L).to(tl.int32)
     group = tl.arange(0, GROUPS)
@@ -126,27 +141,48 @@ def decode_select_kernel(
     kappa = tl.minimum(tl.maximum(k, 0), K)
     tl.store(counts_ptr + row, kappa)
     tl.store(variance_ptr + row, variance)
-    head = tl.arange(0, BLOCK_H)
-    tl.store(arrived_ptr + row * H_kv + head, tl.zeros([BLOCK_H], tl.int32), mask=head < H_kv)
+    counter = tl.arange(0, BLOCK_H)
+    tl.store(arrived_ptr + row * (H_kv + 1) + counter, tl.zeros([BLOCK_H], tl.int32), mask=counter <= H_kv)
+    low = NAN_KEY + 0  # with fewer groups than κ, every key is a candidate
+    if (kappa > 0) & (n_groups > kappa):
+        smallest = tl.min(tl.where(group < n_groups, best, 0x7F800000), axis=0)
+        low = threshold_key(best, smallest, tl.max(best, axis=0), kappa)
+    tl.store(low_ptr + row, low)
 
+
+@triton.jit
+def decode_select_kernel(
+    keys_ptr, start_ptr, lengths_ptr, low_ptr, counts_ptr, entries_ptr, sizes_ptr, indices_ptr, arrived_ptr,
+    L, S, K, H_kv, groups,
+    MEMBERS: tl.constexpr, SHARDS: tl.constexpr, SEGMENT: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """One program per row and shard: its candidates; the last one of a row picks the κ best of all shards'.
+
+    In an order that depends on nothing else, whoever is last.
+    """
+    shard = (tl.program_id(0) % SHARDS).to(tl.int32)
+    row = tl.program_id(0).to(tl.int64) // SHARDS
+    b, t = row // L, (row % L).to(tl.int32)
+    n_visible = count_visible(tl.load(start_ptr + b) + t, tl.load(lengths_ptr + b), S)
+    kappa = tl.load(counts_ptr + row)
+    low = tl.load(low_ptr + row)
+    p_keys = keys_ptr + row * groups * MEMBERS
     p_indices = indices_ptr + row * K
-    if kappa > 0:
-        p_keys = keys_ptr + row * groups * MEMBERS
-        p_chosen = chosen_ptr + row * groups
-        p_candidates = candidates_ptr + row * CAPACITY
-        low = NAN_KEY + 0  # with fewer groups than κ, every key is a candidate
-        if n_groups > kappa:
-            smallest = tl.min(tl.where(group < n_groups, best, 0x7F800000), axis=0)
-            low = threshold_key(best, smallest, tl.max(best, axis=0), kappa)
-        choose = (best >= low).to(tl.int32)
-        store_where(p_chosen, tl.cumsum(choose, axis=0) - choose, group, choose == 1)
-        tl.debug_barrier()  # other threads read the list
-        size = gather_candidates(
-            p_keys, p_chosen, p_candidates, tl.sum(choose, axis=0), groups, n_visible, low, MEMBERS, CAPACITY, BLOCK
-        )
-        tl.debug_barrier()
-        if size <= CAPACITY:
-            select_from_candidates(p_candidates, p_indices, size, kappa, low, CAPACITY)
+    p_words = entries_ptr + row * (2 * SHARDS * SEGMENT)  # of a candidate: its position, its key
+    p_sizes = sizes_ptr + row * SHARDS
+    size = write_candidates(
+        p_keys, p_words + shard * (2 * SEGMENT), shard, kappa, groups, n_visible, low, MEMBERS, SHARDS, SEGMENT, BLOCK
+    )
+    tl.store(p_sizes + shard, size)
+    if shard == 0:
+        fill_empty(p_indices, kappa, K, BLOCK)
+    tl.debug_barrier()  # the stores of all threads come before the arrival, which one thread announces
+    arrived = tl.atomic_add(arrived_ptr + row * (H_kv + 1) + H_kv, 1, sem="acq_rel", scope="gpu")
+    if (arrived == SHARDS - 1) & (kappa > 0):
+        most = tl.max(tl.load(p_sizes + tl.arange(0, SHARDS), cache_modifier=".cg"), axis=0)
+        if most <= SEGMENT // 2:
+            select_from_candidates(p_words, p_indices, kappa, low, SHARDS, SEGMENT, SEGMENT // 2)
+        elif most <= SEGMENT:
+            select_from_candidates(p_words, p_indices, kappa, low, SHARDS, SEGMENT, SEGMENT)
         else:  # many equal scores
             select_from_row(p_keys, p_indices, groups, n_visible, kappa, low, MEMBERS, BLOCK)
-    fill_empty(p_indices, kappa, K, BLOCK)

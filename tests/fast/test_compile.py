@@ -32,6 +32,7 @@ KERNELS = {
     "decode_attend_kernel",
     "decode_scores_kernel",
     "decode_select_kernel",
+    "decode_threshold_kernel",
     "indexer_scores_kernel",
     "key_blocks_kernel",
     "masked_attention_kernel",
