@@ -34,15 +34,19 @@ MAX_QUERIES = 8
 MAX_GROUPS, LARGEST_GROUPS = 8192, 16384
 BLOCK_SCORES = 128  # keys per tile of `decode_scores_kernel`
 MAX_MEMBERS = 4  # of a group, in one such tile
-TILE_BYTES = 8192  # of K, and of V, per tile of `decode_attend_kernel`
+TILE_BYTES = 16384  # of K, and of V, per tile of `decode_attend_kernel`
 BLOCK_SELECT = 8192  # keys that a program of `decode_select_kernel` reads at a time
 MAX_SHARDS = 16  # of a row's keys
-MAX_SPLITS = 32  # of a row's selection
-COMBINED = 4096  # numbers of several splits that are combined at a time
+MAX_CANDIDATES = 16384  # that the last program of a row holds in registers
+MAX_SPLITS = 16  # of a row's selection
+COMBINED = 8192  # numbers of several splits that are combined at a time
+# Measured on an H200, at 131,072 keys.
 SCORES_OPTIONS = {"num_stages": 3}
 SELECT_OPTIONS = {"num_warps": 16}
 THRESHOLD_WARPS = 4
-ATTEND_OPTIONS = {"num_warps": 4, "num_stages": 5}
+ATTEND_OPTIONS = {"num_warps": 2, "num_stages": 3}
+WIDE_TILE = 2048  # numbers of a tile of outputs, above which more threads hold them
+WIDE_ATTEND_OPTIONS = {"num_warps": 4, "num_stages": 3}
 FLOAT32_ATTEND_OPTIONS = {"num_warps": 8, "num_stages": 5}
 
 
@@ -77,9 +81,13 @@ def shards_of(n_keys: int) -> int:
 
 
 def segment_of(K: int, shards: int) -> int:
-    """Candidates that a shard has room for. About 1.5 K of a row are expected, and six deviations of luck are left."""
+    """Candidates that a shard has room for. About 1.5 K of a row are expected, and six deviations of luck are left.
+
+    At most MAX_CANDIDATES for all shards: with more than 8,192 slots, rows with large budgets are read several times.
+    """
     expected = 1.5 * K / shards
-    return max(2, triton.next_power_of_2(math.ceil(expected + 6 * math.sqrt(expected))))
+    wanted = triton.next_power_of_2(math.ceil(expected + 6 * math.sqrt(expected)))
+    return max(2, min(wanted, MAX_CANDIDATES // shards))
 
 
 def block_k(block_d: int, dtype: torch.dtype) -> int:
@@ -164,6 +172,8 @@ def launch_decode(
     tile_k = block_k(block_d, q.dtype)
     splits = min(MAX_SPLITS, triton.next_power_of_2(triton.cdiv(K, tile_k)))
     gate = q if output_gate_logits is None else output_gate_logits
+    wide = max(16, combined_g) * block_d > WIDE_TILE
+    options = FLOAT32_ATTEND_OPTIONS if exact_float32 else WIDE_ATTEND_OPTIONS if wide else ATTEND_OPTIONS
     m = scratch(B, L, H_kv, splits, 2, group, dtype=torch.float32)
     acc = scratch(B, L, H_kv, splits, group, d_h, dtype=torch.float32)
     decode_attend_kernel[(B * L * splits * H_kv,)](
@@ -173,7 +183,7 @@ def launch_decode(
         GROUP=group, d_h=d_h, BLOCK_G=max(16, triton.next_power_of_2(group)), BLOCK_D=block_d,
         BLOCK_K=tile_k, SPLITS=splits, COMBINED_G=combined_g,
         BLOCK_SPLITS=max(1, min(splits, COMBINED // (combined_g * block_d))),
-        OUTPUT_GATE=output_gate_logits is not None, **(FLOAT32_ATTEND_OPTIONS if exact_float32 else ATTEND_OPTIONS),
+        OUTPUT_GATE=output_gate_logits is not None, **options,
     )  # fmt: skip
 
 
