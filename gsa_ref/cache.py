@@ -27,7 +27,8 @@ class GSACache:
         k_idx: [B, capacity, d_I], or None for a variant without an indexer.
         lengths: int32 [B], number of tokens held per sequence. Changed in place, so that a captured CUDA graph, which
             knows a tensor by its address, finds the new values.
-        longest: an upper bound on `lengths` that the host knows without asking the device.
+        longest: an upper bound on `lengths` that the host knows without asking the device. Replays of a CUDA graph
+            append without Python: `advance` counts them.
     """
 
     k: Tensor
@@ -96,7 +97,10 @@ class GSACache:
             raise TypeError(f"cache: expected dtype {like.dtype}, got {self.k.dtype}")
         if self.k.device != like.device:
             raise ValueError(f"cache: expected device {like.device}, got {self.k.device}")
-        if self.longest + n_new > self.capacity and batch_size:
+        self._check_room(n_new)
+
+    def _check_room(self, n_new: int) -> None:
+        if self.longest + n_new > self.capacity and len(self.lengths):
             # The bound may be too high after right-padded batches: ask the device before refusing.
             self.longest = int(self.lengths.max())
         if self.longest + n_new > self.capacity:
@@ -123,6 +127,21 @@ class GSACache:
                 buffer[row, slot] = new.detach().masked_fill(~keep, 0)
         self.lengths += n_new
         self.longest += L
+
+    def advance(self, n_new: int) -> None:
+        """Raise the bound by `n_new` tokens, for replays of a captured CUDA graph that append them on the device.
+
+        To be called before the replays, and other methods after the last of them: with a bound that is too low,
+        `truncate` and `reorder` would miss tokens, and a replay on a full cache would write past its end. A bound that
+        is too high costs nothing but a look at the device when the cache seems full.
+
+        Raises:
+            TypeError: n_new is not an int.
+            ValueError: n_new < 0, or the cache has no room for that many.
+        """
+        check_int("n_new", n_new, 0)
+        self._check_room(n_new)
+        self.longest += n_new
 
     def truncate(self, lengths: int | Tensor) -> None:
         """Keep the first tokens of each sequence and forget the rest, in place: rollback in speculative decoding.

@@ -32,6 +32,11 @@ class GSAOutput(NamedTuple):
     indexer_loss: Tensor | None
 
 
+def _is_capturing(x: Tensor) -> bool:
+    """Whether a CUDA graph records what is done with x, instead of running it."""
+    return x.is_cuda and not torch.compiler.is_compiling() and torch.cuda.is_current_stream_capturing()
+
+
 class GatedSparseAttention(nn.Module):
     """Gated Sparse Attention (Eq. 6), causal, with grouped key/value heads.
 
@@ -100,6 +105,8 @@ class GatedSparseAttention(nn.Module):
             TypeError: wrong type or dtype.
             ValueError: wrong shape or device; a cache of another batch, config, dtype or device, a full one, or any
                 cache in training mode. The cache is then unchanged.
+            RuntimeError: a CUDA graph is being captured, and the step would read a part of the cache that depends on
+                its length. Nothing has run on the device then.
         """
         c = self.config
         sizes = {"d": c.d}
@@ -176,6 +183,11 @@ class GatedSparseAttention(nn.Module):
         With a cache, k, v and k_idx are its whole buffers, of which `cache.longest` tokens at most are in use.
         """
         if cache is not None:
+            if _is_capturing(q):
+                raise RuntimeError(
+                    "cache: a captured CUDA graph would read as many tokens at every replay as the cache holds now; "
+                    "capture steps of gsa_fast.decode_attention only, which reads whole buffers"
+                )
             k, v = k[:, : cache.longest], v[:, : cache.longest]
             k_idx = None if k_idx is None else k_idx[:, : cache.longest]
         if not self.config.sparse:

@@ -1,21 +1,28 @@
 """The layer at work: decoding, chunked prefill, compilation; and what PyTorch asks of a custom op."""
 
+import dataclasses
 import warnings
+from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
 
 import gsa_fast  # registers the custom ops
 import gsa_ref
+import gsa_ref.layer
 from gsa_fast.verification.checks import numpy
 from gsa_ref import GSACache, GSAConfig, Selection
 from gsa_ref.check import error_budget
 from tests.fast.helpers import examples, int32, same
+from tests.fast.test_layer import build, hidden
 
+NEEDS_CUDA = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 CONFIG = GSAConfig(d=16, H=4, H_kv=2, d_h=8, H_I=2, d_I=16, k_base=3, k_min=2, k_max=5)
 CONFIGS = st.builds(
     GSAConfig,
@@ -188,6 +195,199 @@ def test_empty_batches_and_empty_chunks_go_through_a_cache(B, L, device):
     model = Recorded(CONFIG, 0, device)
     cache = GSACache.allocate(CONFIG, B, 4, device=device)
     assert model(model.hidden(B, L, 0), cache=cache).shape == (B, L, CONFIG.d)
+
+
+def filled(config: GSAConfig, B: int, capacity: int, device: str, **options: Any) -> GSACache:
+    """A cache of 5 random tokens per sequence."""
+    cache, g = GSACache.allocate(config, B, capacity, device=device, **options), torch.Generator().manual_seed(0)
+    rows = [
+        None if x is None else torch.randn(x[:, :5].shape, generator=g).to(x) for x in (cache.k, cache.v, cache.k_idx)
+    ]
+    cache.append(*rows, int32([5] * B, device))
+    return cache
+
+
+def contents(cache: GSACache) -> tuple[torch.Tensor, ...]:
+    return tuple(x.clone() for x in (cache.k, cache.v, cache.k_idx, cache.lengths) if x is not None)
+
+
+REFUSED: dict[str, tuple[Callable[[str], GSACache], type[Exception], str]] = {
+    "full": (lambda device: filled(CONFIG, 2, 5, device), ValueError, "expected room for .*, got 5 of 5 slots in use"),
+    "batch size": (lambda device: filled(CONFIG, 3, 40, device), ValueError, "expected batch size 2 as h, got 3"),
+    "heads": (
+        lambda device: filled(dataclasses.replace(CONFIG, H_kv=1), 2, 40, device),
+        ValueError,
+        r"expected keys \[2, 40, 2, 8\].*, got \[2, 40, 1, 8\] with k_idx",
+    ),
+    "indexer width": (
+        lambda device: filled(dataclasses.replace(CONFIG, d_I=8), 2, 40, device),
+        ValueError,
+        "expected indexer keys of width d_I = 16, got 8",
+    ),
+    "no indexer": (
+        lambda device: filled(CONFIG.variant("dense"), 2, 40, device),
+        ValueError,
+        "expected .* sparse=True, got .* without k_idx",
+    ),
+    "dtype": (
+        lambda device: filled(CONFIG, 2, 40, device, dtype=torch.float16),
+        TypeError,
+        "expected dtype torch.float32, got torch.float16",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+@pytest.mark.parametrize("n_new", [1, 9])  # the decode kernels' step, and the general kernels'
+def test_a_refused_cache_is_named_and_left_as_it_was_bitwise(name, n_new, device):
+    make, error, message = REFUSED[name]
+    model, cache = Recorded(CONFIG, 0, device), make(device)
+    before = contents(cache)
+    with pytest.raises(error, match=f"^cache: {message}$"):
+        model(model.hidden(2, n_new, 0), cache=cache)
+    assert same(contents(cache), before)
+    assert cache.longest == 5
+
+
+@pytest.mark.parametrize("n_new", [1, 8, 9])  # the decode kernels take 8, the general ones more
+def test_one_batch_holds_sequences_from_empty_to_full(n_new, device):
+    model, held = Recorded(CONFIG, 0, device), [0, 1, 5, 12]
+    h = model.hidden(4, 12 + n_new, 0)
+    cache = GSACache.allocate(CONFIG, 4, 12 + n_new, device=device)
+    outputs, selections = [model(h[:, :12], cache=cache, lengths=int32(held, device))], [model.selection(CONFIG.k_max)]
+    outputs.append(model(torch.stack([h[b, n : n + n_new] for b, n in enumerate(held)]), cache=cache))
+    selections.append(model.selection(CONFIG.k_max))
+    assert cache.lengths.tolist() == [n + n_new for n in held]
+    for b, n in enumerate(held):
+        one = h[b : b + 1, : n + n_new]
+        model(one)
+        expected = model.selection(CONFIG.k_max)
+        assert same(
+            [torch.cat([x[b : b + 1, :n], y[b : b + 1]], 1) for x, y in zip(*selections, strict=True)], expected
+        )
+        assert model.in_budget(torch.cat([outputs[0][b : b + 1, :n], outputs[1][b : b + 1]], 1), one, expected)
+        assert not cache.k[b, n + n_new :].any()
+    before = contents(cache)
+    with pytest.raises(ValueError, match=f"got {12 + n_new} of {12 + n_new} slots in use"):
+        model(h[:, :1], cache=cache)
+    assert same(contents(cache), before)
+
+
+@pytest.mark.parametrize("n_tokens", [12, pytest.param(10_000, marks=(pytest.mark.gpu, NEEDS_CUDA))])
+def test_after_many_decoded_tokens_the_cache_equals_that_of_a_prefill(n_tokens, device):
+    """All projections into the cache are exact here: what is left is the rounding of cos, sin and the sigmoid."""
+    model, g = Recorded(CONFIG, 0, device), torch.Generator().manual_seed(1)
+    for projection in (model.layer.W_k, model.layer.W_v, model.layer.W_vg):
+        projection.weight.data.copy_(torch.randint(-2, 3, projection.weight.shape, generator=g) / 4)
+    h = model.hidden(2, n_tokens + 1, 0)
+    decoded, prefilled = (GSACache.allocate(CONFIG, 2, n_tokens + 5, device=device) for _ in range(2))
+    for t in range(n_tokens):
+        model(h[:, t : t + 1], cache=decoded)
+    model(h[:, :-1], cache=prefilled)
+    assert decoded.lengths.tolist() == prefilled.lengths.tolist() == [n_tokens] * 2
+    assert decoded.longest == n_tokens
+    assert same(decoded.k_idx, prefilled.k_idx)
+    for cached, expected in ((decoded.k, prefilled.k), (decoded.v, prefilled.v)):
+        assert float((cached - expected).abs().max()) <= 16 * 2.0**-24 * float(expected.abs().max())
+        assert cached[:, :n_tokens].any(-1).all()
+        assert not cached[:, n_tokens:].any()
+    model.selections.clear()
+    for cache in (decoded, prefilled):
+        model(h[:, -1:], cache=cache)
+    assert same(*model.selections)
+
+
+# --- CUDA graphs --------------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def replay_steps(layer: nn.Module, cache: GSACache, steps: torch.Tensor) -> list[torch.Tensor]:
+    """The outputs [B, 1, d] of one-token steps [T, B, 1, d], by a CUDA graph that is captured once."""
+    h, lengths = steps[0].clone(), cache.lengths.clone()  # the graph reads h where it lies now
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        layer(h, cache=cache)  # compiles the kernels, which a capture cannot
+    torch.cuda.current_stream().wait_stream(stream)
+    cache.truncate(lengths)  # forget the token of that step; one that is only captured never arrives
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        u = layer(h, cache=cache).hidden
+    outputs = []
+    for step in steps:
+        h.copy_(step)
+        cache.advance(1)
+        graph.replay()
+        outputs.append(u.clone())
+    return outputs
+
+
+@pytest.mark.gpu
+@NEEDS_CUDA
+@torch.no_grad()
+@pytest.mark.parametrize("variant", ["sparse", "gsa"])
+def test_a_captured_decode_step_replays_as_eager_steps_bitwise(variant):
+    """Up to a full cache; afterwards the cache serves every other operation as if nothing had been captured."""
+    config, lengths = CONFIG.variant(variant), int32([100, 63], "cuda")
+    layer, h = build(config, "cuda"), hidden(2, 130, "cuda")
+    steps = h[:, 100:120, None].transpose(0, 1).contiguous()  # [T, B, 1, d]
+    caches = [GSACache.allocate(config, 2, 120, device="cuda") for _ in range(2)]
+    for cache in caches:
+        layer(h[:, :100], cache=cache, lengths=lengths)
+    outputs = replay_steps(layer, caches[0], steps)
+    assert same(outputs, [layer(step, cache=caches[1]).hidden for step in steps])
+    assert len({float(u.sum()) for u in outputs}) > 10
+    assert same(contents(caches[0]), contents(caches[1]))
+    with pytest.raises(ValueError, match="cache: expected room for 1 more tokens, got 120 of 120 slots in use"):
+        caches[0].advance(1)
+    for cache in caches:
+        cache.truncate(105)
+    assert same(contents(caches[0]), contents(caches[1]))
+    assert same(*(layer(h[:, 120:130], cache=cache).hidden for cache in caches))
+
+
+@pytest.mark.gpu
+@NEEDS_CUDA
+@torch.no_grad()
+def test_a_step_that_reads_a_part_of_the_cache_is_not_captured():
+    layer, h = build(CONFIG.variant("dense"), "cuda"), hidden(2, 1, "cuda")
+    cache = GSACache.allocate(layer.config, 2, 20, device="cuda")
+    layer(h, cache=cache)
+    with pytest.raises(RuntimeError, match=r"^cache: a captured CUDA graph"), torch.cuda.graph(torch.cuda.CUDAGraph()):
+        layer(h, cache=cache)
+    assert cache.lengths.tolist() == [1, 1]
+
+
+@pytest.mark.parametrize(
+    ("variant", "impl", "n_new", "captured"),
+    [
+        ("gsa", "triton", 1, True),
+        ("sparse", "triton", 8, True),
+        ("gsa", "triton", 9, False),
+        ("gsa", "reference", 1, False),
+        ("dense", "triton", 1, False),
+        ("gated", "triton", 1, False),
+    ],
+)
+def test_only_steps_of_the_decode_kernels_are_captured(variant, impl, n_new, captured, device, monkeypatch):
+    layer = build(CONFIG.variant(variant), device, impl=impl)
+    cache = GSACache.allocate(layer.config, 1, 9, device=device)
+    monkeypatch.setattr(gsa_ref.layer, "_is_capturing", lambda x: True)
+    with torch.no_grad(), nullcontext() if captured else pytest.raises(RuntimeError, match=r"^cache: a captured CUDA"):
+        layer(hidden(1, n_new, device), cache=cache)
+
+
+def test_a_decode_step_does_not_read_the_bound_of_the_host(device):
+    """What a replay relies on: it runs with the bound of the time of its capture."""
+    model = Recorded(CONFIG, 0, device)
+    h, results = model.hidden(2, 20, 0), []
+    for stale in (False, True):
+        cache = GSACache.allocate(CONFIG, 2, 24, device=device)
+        model(h[:, :18], cache=cache)
+        cache.longest = 3 if stale else cache.longest
+        outputs = [model(h[:, t : t + 1], cache=cache) for t in (18, 19)]
+        results.append((*outputs, *contents(cache)))
+    assert same(*results)
 
 
 # --- torch.compile ------------------------------------------------------------------------------------------------

@@ -1,6 +1,7 @@
 """Decoding cache: a cached pass gives what one pass over everything gives."""
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -8,7 +9,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gsa_ref import GSACache, GSAConfig
+import gsa_ref.layer
+from gsa_ref import GatedSparseAttention, GSACache, GSAConfig
 from tests.ref.models import SMALL, VARIANTS, build, close_layers, hidden, models
 
 
@@ -201,20 +203,30 @@ def holds(cache: GSACache, expected: list[list[float]], config: GSAConfig) -> bo
     )
 
 
-def draw_append(data: st.DataObject, cache: GSACache, model: list[list[float]], config: GSAConfig, first: int) -> None:
-    """Append a ragged batch, or see it refused where its width does not fit behind the longest sequence."""
+def draw_append(
+    data: st.DataObject, cache: GSACache, model: list[list[float]], config: GSAConfig, first: int, *, replayed: bool
+) -> None:
+    """Append a ragged batch, or see it refused where its width does not fit behind the longest sequence.
+
+    A replayed one comes after `advance`, and appends without moving the bound.
+    """
     width = data.draw(st.integers(0, 4))
     n_new = [data.draw(st.integers(0, width)) for _ in model]
     tokens = [[float(first + 10 * b + i) for i in range(n)] for b, n in enumerate(n_new)]
     before, like = contents(cache), torch.zeros(0, dtype=torch.float64)
     if max(map(len, model), default=0) + width > cache.capacity:
         with pytest.raises(ValueError, match="cache: expected room"):
-            cache.check(config, len(model), width, like)
+            cache.advance(width) if replayed else cache.check(config, len(model), width, like)
         assert unchanged(cache, before)
         return
-    if model:
+    if replayed:
+        cache.advance(width)
+    elif model:
         cache.check(config, len(model), width, like)
+    bound = cache.longest
     cache.append(*rows(tokens, width, config), torch.tensor(n_new, dtype=torch.int32))
+    if replayed:
+        cache.longest = bound
     for row, added in zip(model, tokens, strict=True):
         row += added
 
@@ -226,9 +238,9 @@ def test_any_series_of_operations_does_what_it_does_to_lists(B, capacity, sparse
     cache, model = new_cache(config, B, capacity), [[] for _ in range(B)]
     for step in range(data.draw(st.integers(4, 12))):
         address = cache.lengths.data_ptr()
-        operation = data.draw(st.sampled_from(("append", "append", "cut", "cut each", "reorder", "expand", "grow")))
-        if operation == "append":
-            draw_append(data, cache, model, config, 1 + 100 * step)
+        operation = data.draw(st.sampled_from(("append", "replay", "cut", "cut each", "reorder", "expand", "grow")))
+        if operation in ("append", "replay"):
+            draw_append(data, cache, model, config, 1 + 100 * step, replayed=operation == "replay")
         elif operation == "cut":
             n = data.draw(st.integers(0, cache.longest))
             cache.truncate(n)
@@ -335,6 +347,65 @@ def test_lengths_are_updated_in_place_and_the_position_of_a_step_is_its_own():
     assert cache.lengths is lengths
     assert lengths.tolist() == [20, 20]
     assert close_layers(output, layer(h).hidden[:, 15:])
+
+
+@torch.no_grad()
+def replay(layer: GatedSparseAttention, cache: GSACache, h: torch.Tensor) -> None:
+    """What a replayed CUDA graph does to a cache: the tokens arrive, and the host's bound stays where it was."""
+    bound = cache.longest
+    layer(h, cache=cache)
+    cache.longest = bound
+
+
+AFTER_REPLAYS: dict[str, Callable[[GSACache], Any]] = {
+    "truncate": lambda cache: cache.truncate(13),
+    "truncate each": lambda cache: cache.truncate(torch.tensor([14, 9], dtype=torch.int32)),
+    "reorder": lambda cache: cache.reorder(torch.tensor([1, 0])),
+    "a chunk": lambda cache: LAYER(hidden(2, 3, SMALL.d, seed=1), cache=cache).hidden,
+}
+
+
+@pytest.mark.parametrize("operation", AFTER_REPLAYS)
+@pytest.mark.parametrize("at_once", [False, True])
+def test_after_replays_that_were_counted_every_operation_sees_their_tokens(operation, at_once):
+    h, caches, results = hidden(2, 16, SMALL.d), [new_cache(SMALL, 2, 20) for _ in range(2)], []
+    for cache in caches:
+        LAYER(h[:, :12], cache=cache, lengths=torch.tensor([12, 7], dtype=torch.int32))
+    if at_once:
+        caches[1].advance(4)
+    for t in range(12, 16):
+        LAYER(h[:, t : t + 1], cache=caches[0])
+        if not at_once:
+            caches[1].advance(1)
+        replay(LAYER, caches[1], h[:, t : t + 1])
+    for cache in caches:
+        results.append(AFTER_REPLAYS[operation](cache))
+    assert unchanged(caches[1], contents(caches[0]))
+    assert caches[1].longest == caches[0].longest
+    assert results[0] is None or torch.equal(*results)
+
+
+def test_replays_beyond_the_capacity_are_refused_before_they_run():
+    """A bound that is too high is no reason to refuse: the device knows better."""
+    cache = filled()
+    cache.advance(3)  # counted, but never replayed
+    cache.advance(3)
+    assert cache.longest == 8
+    for _ in range(3):
+        replay(LAYER, cache, hidden(2, 1, SMALL.d))
+    with pytest.raises(ValueError, match="cache: expected room for 1 more tokens, got 8 of 8 slots in use"):
+        cache.advance(1)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_a_graph_that_would_keep_the_number_of_cached_tokens_is_not_captured(variant, monkeypatch):
+    layer = build(SMALL.variant(variant))
+    cache = new_cache(layer.config, 2, 20)
+    layer(hidden(2, 5, SMALL.d), cache=cache)
+    monkeypatch.setattr(gsa_ref.layer, "_is_capturing", lambda x: True)
+    with pytest.raises(RuntimeError, match="cache: a captured CUDA graph would read as many tokens at every replay"):
+        layer(hidden(2, 1, SMALL.d), cache=cache)
+    assert layer(hidden(2, 5, SMALL.d)).hidden.isfinite().all()  # without a cache nothing is in the way
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
@@ -445,6 +516,10 @@ BAD_OPERATIONS = [
     ("reorder", torch.zeros(2), TypeError, "index: expected dtype int32 or int64, got torch.float32"),
     ("reorder", torch.zeros(2, 1).int(), ValueError, r"index: expected shape \[B'\], got \[2, 1\]"),
     ("reorder", ints(0, 1, device="meta"), ValueError, "index: expected device cpu as cache, got meta"),
+    ("advance", 4, ValueError, "cache: expected room for 4 more tokens, got 5 of 8 slots in use"),
+    ("advance", -1, ValueError, "n_new: expected an int ≥ 0, got -1"),
+    ("advance", 1.0, TypeError, "n_new: expected an int, got float 1.0"),
+    ("advance", ints(1, 1), TypeError, r"n_new: expected an int, got Tensor tensor\(\[1, 1\], dtype=torch.int32\)"),
     ("grow", 7, ValueError, "capacity: expected an int ≥ 8, got 7"),
     ("grow", 9.0, TypeError, "capacity: expected an int, got float 9.0"),
 ]

@@ -3,6 +3,7 @@
 import dataclasses
 import io
 import math
+import os
 from typing import Any
 
 import pytest
@@ -15,6 +16,10 @@ import gsa_ref
 from gsa_ref import GatedSparseAttention, GSACache, LanguageModel, ModelConfig
 from gsa_ref.model import INIT_STD, NORM_EPS
 from tests.ref.models import SMALL, VARIANTS, close_layers
+
+on_demand = pytest.mark.skipif(
+    os.environ.get("HYPOTHESIS_PROFILE", "ci") == "ci", reason="takes a minute: set HYPOTHESIS_PROFILE=thorough"
+)
 
 CONFIG = ModelConfig(attention=SMALL, n_layers=2, d_ff=24)
 
@@ -112,6 +117,32 @@ def test_decoding_through_the_caches_gives_the_logits_of_one_pass(variant, index
     for b, n in enumerate(prompts):
         assert close_layers(torch.cat(outputs[b])[None], model(tokens[b : b + 1, : n + 20]).logits)
     assert [cache.lengths.tolist() for cache in caches] == [[60, 43]] * 2
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("variant", ["sparse", "gsa"])
+@pytest.mark.parametrize("n_tokens", [300, pytest.param(10_000, marks=on_demand)])
+def test_after_many_decoded_tokens_the_caches_equal_those_of_a_prefill(variant, n_tokens):
+    """In float64. The second block's cache also shows what the first one's decoding gave.
+
+    The prefill comes in chunks, because a whole one would hold the scores of all pairs; chunks change nothing, see
+    `test_a_prefill_in_chunks_equals_one`.
+    """
+    model = build_model(variant, indexer_rope=True)
+    tokens = torch.randint(256, (1, n_tokens), generator=torch.Generator().manual_seed(0))
+    decoded, prefilled = (model.allocate_caches(1, n_tokens + 8) for _ in range(2))
+    for token in tokens.split(1, dim=1):
+        model(token, caches=decoded)
+    for chunk in tokens.split(250, dim=1):
+        model(chunk, caches=prefilled)
+    for cache, expected in zip(decoded, prefilled, strict=True):
+        assert cache.lengths.tolist() == expected.lengths.tolist() == [n_tokens]
+        assert cache.longest == n_tokens
+        for name in ("k", "v", "k_idx"):
+            buffer = getattr(cache, name)
+            assert close_layers(buffer, getattr(expected, name)), name
+            assert buffer[:, :n_tokens].any(-1).all()
+            assert not buffer[:, n_tokens:].any()
 
 
 @torch.no_grad()
