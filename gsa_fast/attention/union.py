@@ -93,7 +93,7 @@ def union_kernel(
             mask=(of_32 * 32 < capacity)[None, :] & (query < QUERIES)[:, None],
         )
     slot = size + tl.arange(0, BLOCK_N)
-    largest = tl.load(p_positions + tl.maximum(size, 1) - 1) + tl.zeros([BLOCK_N], tl.int32)
+    largest = tl.load(p_positions + size - 1, mask=size > 0, other=0) + tl.zeros([BLOCK_N], tl.int32)
     tl.store(p_positions + slot, largest, mask=slot < tl.cdiv(size, BLOCK_N) * BLOCK_N)
     tl.store(sizes_ptr + pid, size)
 
