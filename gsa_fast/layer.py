@@ -7,7 +7,7 @@ from typing import Any
 from torch import Tensor
 
 import gsa_ref
-from gsa_fast._backend import IMPLS
+from gsa_fast._backend import IMPLS, use_triton
 from gsa_fast.attention import sparse_attention
 from gsa_fast.decode import MAX_QUERIES, decode_attention
 from gsa_fast.gates import apply_gate
@@ -39,7 +39,8 @@ class GatedSparseAttention(gsa_ref.GatedSparseAttention):
         self._decode_attention: Callable[..., Any] = partial(decode_attention, impl=impl, sigmoid_mode=sigmoid_mode)
 
     def _attend(self, *, q: Tensor, cache: GSACache | None, n_new: Tensor, **inputs: Any) -> Tensor:
-        if cache is None or not self.config.sparse or q.shape[1] > MAX_QUERIES or not self._runs_kernels(q):
+        decodes = cache is not None and self.config.sparse and q.shape[1] <= MAX_QUERIES
+        if not decodes or not use_triton(self.impl, q=q):
             return super()._attend(q=q, cache=cache, n_new=n_new, **inputs)
         # On the whole buffers of the cache: their shapes stay the same from token to token.
         o, _, variance, _ = self._decode_attention(
@@ -47,6 +48,3 @@ class GatedSparseAttention(gsa_ref.GatedSparseAttention):
         )
         self._add_variance(variance, n_new)
         return o
-
-    def _runs_kernels(self, q: Tensor) -> bool:
-        return self.impl == "triton" or (self.impl == "auto" and q.device.type == "cuda")

@@ -32,7 +32,6 @@ from gsa_fast.attention.rows import (
     online_softmax_update,
     store_rows,
 )
-from gsa_fast.attention.union_hopper import union_attention_hopper_kernel
 
 TILE_ROWS = 64  # more rows: fewer gathers, but a larger union for each
 BLOCK_WORDS = 256  # words of the bit masks that a program of `union_kernel` expands at a time
@@ -258,10 +257,11 @@ def attend_unions(
     nonfinite = torch.empty(B * chunk_rows * H_kv, dtype=torch.int32, device=device)
     tensors = q, k, v, positions, masks, sizes, occupied, gate, out, lse, broken, nonfinite
     strides = *q.stride(), *k.stride(), *v.stride(), *gate.stride()
-    constants = {"QUERIES": queries, "GROUP": group, "d_h": d_h, "BLOCK_M": block_m, "BLOCK_N": block_n}
-    constants |= {"BLOCK_D": block_d, "OUTPUT_GATE": output_gate_logits is not None}
+    of_tile = {"QUERIES": queries, "GROUP": group, "d_h": d_h, "BLOCK_M": block_m, "BLOCK_N": block_n}
+    of_tile |= {"OUTPUT_GATE": output_gate_logits is not None}
+    constants = of_tile | {"BLOCK_D": block_d}
     num_warps = 8 if block_m * block_d > 64 * 128 or q.dtype == torch.float32 else 4
-    on_hopper = union_hopper.serves(q, k, v, gate, scale, block_m)
+    on_hopper, narrow = union_hopper.serves(q, k, v, gate, scale, block_m), union_hopper.is_narrow(k, v)
     for first_row in range(0, L, chunk_rows):
         rows = min(chunk_rows, L - first_row)
         tiles = triton.cdiv(rows, queries)
@@ -273,12 +273,10 @@ def attend_unions(
             BLOCK_N=block_n,
         )  # fmt: skip
         if on_hopper:
-            union_attention_hopper_kernel[(B * tiles * H_kv,)](
+            union_hopper.union_attention_hopper_kernel[(B * tiles * H_kv,)](
                 *tensors[:-1], *(stride for x in (q, k, v, gate) for stride in x.stride()[:3]),
                 first_row, rows, L, H_kv, tiles, B * tiles, capacity, scale * LOG2_E,
-                QUERIES=queries, GROUP=group, d_h=d_h, BLOCK_M=block_m, BLOCK_N=block_n,
-                OUTPUT_GATE=output_gate_logits is not None, NARROW=union_hopper.is_narrow(k, v),
-                num_warps=union_hopper.NUM_WARPS,
+                **of_tile, NARROW=narrow, num_warps=union_hopper.NUM_WARPS,
             )  # fmt: skip
         else:
             union_attention_kernel[(B * tiles * H_kv,)](

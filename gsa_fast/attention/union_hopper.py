@@ -10,14 +10,12 @@ from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.ampere import async_copy
-from triton.experimental.gluon.language.nvidia.hopper import (
-    fence_async_shared,
-    warpgroup_mma,
-    warpgroup_mma_wait,
-)
+from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, warpgroup_mma, warpgroup_mma_wait
+
+from gsa_fast._primitives import stable_sigmoid
+from gsa_fast.attention.rows import LN_2
 
 barrier = getattr(gl, "barrier", None) or gl.thread_barrier  # its name since and before Triton 3.7
-LN_2 = gl.constexpr(0.6931471805599453)
 BUFFERS = gl.constexpr(3)  # blocks of keys, and of values, that are in shared memory at once
 NUM_WARPS = 4
 BLOCK_ROWS = 64
@@ -174,9 +172,8 @@ def union_attention_hopper_kernel(
     out = gl.convert_layout(out, load)
     if OUTPUT_GATE:
         g_rows = b * stride_gb + t_load * stride_gl + head_load * stride_gh
-        gate = gl.load(gate_ptr + g_rows[:, None] + channel[None, :], mask=q_mask, other=0.0).to(gl.float32)
-        e = gl.exp(-gl.abs(gate))  # never raised to a positive power
-        out = out * (gl.where(gate >= 0, 1.0, e) / (1.0 + e))
+        gate = gl.load(gate_ptr + g_rows[:, None] + channel[None, :], mask=q_mask, other=0.0)
+        out = out * stable_sigmoid(gate.to(gl.float32))
     out_row = (b * L + t_load) * H_kv * GROUP + head_load
     gl.store(out_ptr + out_row[:, None] * d_h + channel[None, :], out.to(dtype), mask=q_mask)
 

@@ -23,8 +23,10 @@ DTYPES = ("float32", "float16", "bfloat16")
 STEMS = tuple(CHECKS)
 
 INTERPRETER_LIMITS = Limits()
-INTERPRETER_SELECTION_LIMITS = Limits(S=240)  # with `small_tiles`, most rows are then sampled
-INTERPRETER_DECODE_LIMITS = Limits(L=3, S=60, group=3)
+INTERPRETER_LIMITS_OF = {
+    "indexed_selection": Limits(S=240),  # with `small_tiles`, most rows are then sampled
+    "decode": Limits(L=3, S=60, group=3),
+}
 GPU_LIMITS = Limits(
     B=2, L=8192, S=1536, heads=4, group=8, width=512, lengths=(1, 5, 64, 65, 130, 257, 512, 1000, 2048, 4096, 8192)
 )
@@ -57,9 +59,7 @@ class Row:
 
 def limits_for(stem: str, device: str) -> Limits:
     if device == "cpu":
-        if stem == "decode":
-            return INTERPRETER_DECODE_LIMITS
-        return INTERPRETER_SELECTION_LIMITS if stem == "indexed_selection" else INTERPRETER_LIMITS
+        return INTERPRETER_LIMITS_OF.get(stem, INTERPRETER_LIMITS)
     return GPU_LAYER_LIMITS if stem == "layer" else GPU_LIMITS
 
 
