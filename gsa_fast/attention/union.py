@@ -64,7 +64,9 @@ def union_kernel(
         w = first + tl.arange(0, BLOCK_W)
         union = tl.zeros([BLOCK_W], tl.int32)
         for i in tl.static_range(QUERIES):
-            union = union | tl.load(p_bits + i * words + w, mask=(w < n_words) & (row + i < rows), other=0)
+            # A block of equal conditions: the interpreter has no type for a scalar one beside a block.
+            is_row = row + i + tl.zeros([BLOCK_W], tl.int32) < rows
+            union = union | tl.load(p_bits + i * words + w, mask=(w < n_words) & is_row, other=0)
         in_word = popcount(union)  # [BLOCK_W]
         before = size + tl.cumsum(in_word, axis=0) - in_word
         rest = union.to(tl.int64) & 0xFFFFFFFF
@@ -92,7 +94,8 @@ def union_kernel(
             mask=(of_32 * 32 < capacity)[None, :] & (query < QUERIES)[:, None],
         )
     slot = size + tl.arange(0, BLOCK_N)
-    largest = tl.load(p_positions + size - 1, mask=size > 0, other=0) + tl.zeros([BLOCK_N], tl.int32)
+    last = size - 1 + tl.zeros([BLOCK_N], tl.int32)  # −1 if the union is empty
+    largest = tl.load(p_positions + last, mask=last >= 0, other=0)
     tl.store(p_positions + slot, largest, mask=slot < tl.cdiv(size, BLOCK_N) * BLOCK_N)
     tl.store(sizes_ptr + pid, size)
 
