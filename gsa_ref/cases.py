@@ -281,6 +281,23 @@ class AttentionCase(Case):
 
 
 @dataclass(frozen=True)
+class AttentionBackwardCase(AttentionCase):
+    """Inputs of `sparse_attention`, and the gradients of its output and of lse."""
+
+    stem: ClassVar[str] = "attention_backward"
+    lse_gradient: bool
+
+    def output_gradients(self, device: str = "cpu") -> tuple[Tensor, Tensor]:
+        """dout [B, L, H, d_h] in the dtype of q, and dlse, float32 [B, L, H]: zeros without `lse_gradient`."""
+        g, dtype = torch.Generator().manual_seed(self.seed + 1), DTYPES[self.dtype]
+        shape = (self.B, self.L, self.H_kv * self.group, self.d_h)
+        other = LAYOUTS[LAYOUTS.index(self.layout) - 1]
+        dout = draw_values("normal", shape, g).to(dtype).to(device)
+        dlse = draw_values("normal", shape[:-1], g).to(torch.float32).to(device) * self.lse_gradient
+        return lay_out(dout, other), dlse
+
+
+@dataclass(frozen=True)
 class GateCase(Case):
     """Inputs of `apply_gate`."""
 
@@ -376,6 +393,7 @@ CASES: dict[str, type[Case]] = {
         SelectionCase,
         IndexedSelectionCase,
         AttentionCase,
+        AttentionBackwardCase,
         GateCase,
         LayerCase,
         DecodeCase,
@@ -525,6 +543,12 @@ def attention_cases(draw: Draw, dtype: str, limits: Limits) -> AttentionCase:
 
 
 @st.composite
+def attention_backward_cases(draw: Draw, dtype: str, limits: Limits) -> AttentionBackwardCase:
+    attention = dataclasses.asdict(draw(attention_cases(dtype, limits)))
+    return AttentionBackwardCase(**attention, lse_gradient=draw(st.booleans()))
+
+
+@st.composite
 def gate_cases(draw: Draw, dtype: str, limits: Limits) -> GateCase:
     return GateCase(
         B=draw(st.integers(1, limits.B)),
@@ -585,6 +609,7 @@ STRATEGIES = {
     "selection": selection_cases,
     "indexed_selection": indexed_selection_cases,
     "attention": attention_cases,
+    "attention_backward": attention_backward_cases,
     "gates": gate_cases,
     "layer": layer_cases,
     "decode": decode_cases,

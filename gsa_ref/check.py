@@ -263,6 +263,72 @@ def attention_tolerance(
     return out_tolerance, lse_tolerance
 
 
+def attention_gradient_tolerance(
+    q: np.ndarray,
+    k: np.ndarray,
+    v: np.ndarray,
+    selected: np.ndarray,
+    do: np.ndarray,
+    dlse: np.ndarray,
+    dtype: torch.dtype,
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """How far dq, dk and dv in `dtype` with float32 accumulation may lie from exact arithmetic.
+
+    As in `attention_tolerance` every p has relative error at most ρ; the rounding of lse adds 8u₃₂·max(|lse|, 1).
+    δ = do·o − dlse is computed from the rounded output, and do may have been rounded once, by the output gate:
+    |Δδ| ≤ Σ|do|·(2ρ + 4u)·Σ p|v| + γ_{d_h}·Σ|do||o|, |Δdp| ≤ (γ_{d_h} + u)·Σ|do||v|. Then dS = p(dp − δ) is rounded:
+    |ΔdS| ≤ ρ|dS| + p(|Δdp| + |Δδ|) + u|dS|. The sums over keys or queries add γ_n, the rounding of parts of sums and of
+    the result 2u of the sum of the magnitudes, and n subnormals.
+
+    Args:
+        q, do: [L, H, d_h]; do is the gradient of the output before its gate.
+        k, v: [S, H_kv, d_h], v as the kernel sees it.
+        selected: bool [L, S].
+        dlse: [L, H].
+
+    Returns:
+        float64, the shapes of q, k and v.
+    """
+    _, H, d_h = q.shape
+    group = H // k.shape[1]
+    u, u32, scale = unit_roundoff(dtype), unit_roundoff(torch.float32), d_h**-0.5
+    tiny = float(torch.finfo(dtype).smallest_normal) * u
+    tolerances = np.zeros(q.shape), np.zeros(k.shape), np.zeros(v.shape)
+    n = selected.sum(1)
+    rows = n > 0
+    if not rows.any():
+        return tolerances
+    chosen = selected[rows]
+    gamma_n = np.array([gamma(int(i) + 1) for i in n[rows]])[:, None]
+    for h in range(H):
+        key, value, query, grad = k[:, h // group], v[:, h // group], q[rows, h], do[rows, h]
+        # A key that nobody selected may hold anything.
+        used = chosen.any(0)
+        key, value = np.where(used[:, None], key, 0), np.where(used[:, None], value, 0)
+        logits = np.where(chosen, scale * (query @ key.T), -np.inf)
+        delta = gamma(d_h + 2) * scale * np.where(chosen, np.abs(query) @ np.abs(key).T, 0).max(1, keepdims=True)
+        largest = logits.max(1, keepdims=True)
+        spread = largest - np.where(chosen, logits, np.inf).min(1, keepdims=True)
+        lse = largest + np.log(np.exp(logits - largest).sum(1, keepdims=True))
+        p = np.exp(logits - lse)  # [rows, S]
+        rho = np.expm1(3 * delta) + (n[rows, None] / 16 + 3) * (6 + spread) * u32 + gamma_n
+        rho = rho + 8 * u32 * np.maximum(np.abs(lse), 1)
+        size, out = np.abs(grad), p @ value
+        dp, dp_size = grad @ value.T, size @ np.abs(value).T
+        delta_error = (size * ((2 * rho + 4 * u) * (p @ np.abs(value)) + gamma(d_h + 1) * np.abs(out))).sum(1)
+        correction = (grad * out).sum(1) - dlse[rows, h]
+        delta_error += 2 * u32 * np.abs(dlse[rows, h])
+        ds = p * (dp - correction[:, None])
+        ds_error = (rho + u) * np.abs(ds) + p * ((gamma(d_h) + u) * dp_size + delta_error[:, None]) + tiny * (p > 0)
+        sums = gamma(len(p) * group + 1) + 2 * u
+        tolerances[0][rows, h] = scale * (ds_error + (gamma_n + 2 * u) * np.abs(ds)) @ np.abs(key) + tiny
+        of_key = scale * (ds_error + sums * np.abs(ds)).T @ np.abs(query)
+        tolerances[1][:, h // group] += of_key + tiny * used[:, None] * len(p)
+        of_value = ((rho + u + sums) * p + tiny * (p > 0)).T @ size
+        tolerances[2][:, h // group] += of_value + tiny * used[:, None] * len(p)
+    return tolerances
+
+
 def gate_tolerance(gold: np.ndarray, gate_logits: np.ndarray, dtype: torch.dtype) -> np.ndarray:
     """How far x ⊙ σ(g), computed in float32 and rounded to `dtype`, may lie from exact: ((|g| + 11)u₃₂ + u)·|gold|.
 

@@ -40,15 +40,17 @@ BLOCK_MEMBERS = 256  # positions of a union for which it looks up at a time who 
 
 @triton.jit
 def union_kernel(
-    bits_ptr, start_ptr, positions_ptr, masks_ptr, sizes_ptr,
+    bits_ptr, start_ptr, positions_ptr, masks_ptr, sizes_ptr, union_bits_ptr, ranks_ptr,
     first_row, rows, words, tiles, capacity, S,
     QUERIES: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_W: tl.constexpr, BLOCK_U: tl.constexpr,
-    BLOCK_N: tl.constexpr,
+    BLOCK_N: tl.constexpr, RANKS: tl.constexpr,
 ):  # fmt: skip
     """One program per tile: the ascending union of its queries' selections, and for each query a bit mask over it.
 
     Bit n % 32 of masks[tile, n // 32, query] stands for the union's n-th position. The union is padded to a multiple of
-    BLOCK_N with its own last position, which nobody selects there: attention then needs no masks.
+    BLOCK_N with its own last position, which nobody selects there: attention then needs no masks. With RANKS the
+    union is also written as a bit mask, [tile, word], as far as the tile sees, with the number of positions that lie
+    before each word, its rank.
     """
     pid = tl.program_id(0).to(tl.int64)
     b = pid // tiles
@@ -69,6 +71,9 @@ def union_kernel(
             union = union | tl.load(p_bits + i * words + w, mask=(w < n_words) & is_row, other=0)
         in_word = popcount(union)  # [BLOCK_W]
         before = size + tl.cumsum(in_word, axis=0) - in_word
+        if RANKS:
+            tl.store(union_bits_ptr + pid * words + w, union, mask=w < n_words)
+            tl.store(ranks_ptr + pid * words + w, before, mask=w < n_words)
         rest = union.to(tl.int64) & 0xFFFFFFFF
         for rank in range(tl.max(in_word, axis=0)):  # the lowest bit left of every word: most words have few
             below = (rest - 1) & ~rest
@@ -245,7 +250,7 @@ def attend_unions(
     queries = queries_per_tile(group)
     block_m, block_d = max(16, triton.next_power_of_2(queries * group)), max(16, triton.next_power_of_2(d_h))
     block_n, words = keys_per_block(block_d, q.dtype), words_of(S)
-    capacity = triton.cdiv(min(queries * K, S), block_n) * block_n  # the largest union that a tile may have
+    capacity = largest_union(queries, K, S, block_n)
     chunk_rows = rows_per_chunk(
         B, L, queries, 4 * (queries * (words + H_kv + 1 + capacity // 32) + capacity + H_kv + 1)
     )
@@ -269,12 +274,7 @@ def attend_unions(
         rows = min(chunk_rows, L - first_row)
         tiles = triton.cdiv(rows, queries)
         write_selection_bits(indices, counts, start, bits, occupied, first_row, rows, S, queries)
-        union_kernel[(B * tiles,)](
-            bits, start, positions, masks, sizes,
-            first_row, rows, words, tiles, capacity, S,
-            QUERIES=queries, BLOCK_Q=triton.next_power_of_2(queries), BLOCK_W=BLOCK_WORDS, BLOCK_U=BLOCK_MEMBERS,
-            BLOCK_N=block_n,
-        )  # fmt: skip
+        write_unions(bits, start, positions, masks, sizes, first_row, rows, capacity, S, queries, block_n)
         if on_hopper:
             union_hopper.union_attention_hopper_kernel[(B * tiles * H_kv,)](
                 *tensors[:-1], *(stride for x in (q, k, v, gate) for stride in x.stride()[:3]),
@@ -294,6 +294,38 @@ def attend_unions(
             q, k, v, indices, counts, start, gate, scale, out, lse, broken, nonfinite,
             first_row, rows, queries, output_gate_logits is not None,
         )  # fmt: skip
+
+
+def write_unions(
+    bits: Tensor,
+    start: Tensor,
+    positions: Tensor,
+    masks: Tensor,
+    sizes: Tensor,
+    first_row: int,
+    rows: int,
+    capacity: int,
+    S: int,
+    queries: int,
+    block_n: int,
+    bits_and_ranks: Tensor | None = None,
+) -> None:
+    """Fill positions [B · tiles, capacity], masks [B · tiles, capacity / 32, queries] and sizes [B · tiles] for a chunk
+    of rows from its `bits`; and the unions' own bit masks and ranks, [2, B · tiles · words], if these are given.
+    """
+    tiles = triton.cdiv(rows, queries)
+    union_bits, ranks = (sizes, sizes) if bits_and_ranks is None else bits_and_ranks
+    union_kernel[(len(start) * tiles,)](
+        bits, start, positions, masks, sizes, union_bits, ranks,
+        first_row, rows, words_of(S), tiles, capacity, S,
+        QUERIES=queries, BLOCK_Q=triton.next_power_of_2(queries), BLOCK_W=BLOCK_WORDS, BLOCK_U=BLOCK_MEMBERS,
+        BLOCK_N=block_n, RANKS=bits_and_ranks is not None,
+    )  # fmt: skip
+
+
+def largest_union(queries: int, K: int, S: int, block_n: int) -> int:
+    """How many positions the union of a tile may have, in whole blocks."""
+    return triton.cdiv(min(queries * K, S), block_n) * block_n
 
 
 def queries_per_tile(group: int) -> int:

@@ -22,6 +22,7 @@ from gsa_fast.verification.interpreter import attention_method, poisoned_memory
 from gsa_ref import Selection, cases, equations
 from gsa_ref.check import (
     Verdict,
+    attention_gradient_tolerance,
     attention_tolerance,
     budget_interval,
     error_budget,
@@ -304,6 +305,89 @@ def filled(selection: Selection, start: int, n_keys: int) -> list[np.ndarray]:
     return rows
 
 
+GRADIENTS = ("q", "k", "v", "value_gate_logits", "output_gate_logits")
+
+
+def check_attention_backward(case: cases.AttentionBackwardCase, device: str) -> Iterator[Verdict]:
+    """Gradients within three times the error of the reference in the same dtype, or proven bounds, summed either way.
+
+    Gold is the reference in float64. In a fixed order a rerun gives the same bits; keys that nobody selected get 0.
+    """
+    arguments = case.arguments(device)
+    names = [name for name in GRADIENTS if arguments[name] is not None]
+    dout, dlse = case.output_gradients(device)
+
+    def gradients(
+        function: Callable[..., tuple[Tensor, Tensor]], given: dict[str, Any], **options: Any
+    ) -> list[Tensor]:
+        leaves = [given[name].detach().requires_grad_() for name in names]
+        out, lse = function(**{**given, **dict(zip(names, leaves, strict=True))}, **options)
+        lse = torch.where(lse == -torch.inf, 0, lse)  # of an empty row, whose gradient is 0
+        outputs, weights = [out], [dout.to(out.dtype)]
+        if case.lse_gradient:
+            outputs, weights = [*outputs, lse], [*weights, dlse.to(lse.dtype)]
+        return list(torch.autograd.grad(outputs, leaves, weights))
+
+    results = []
+    for deterministic in (True, True, False):
+        with poisoned_memory():
+            results.append(gradients(gsa_fast.sparse_attention, arguments, deterministic=deterministic, impl="triton"))
+    for name, first, second in zip(names, *results[:2], strict=True):
+        yield Verdict(torch.equal(first, second), 0.0, 0.0, f"a rerun changes the gradient of {name}")
+    baseline = gradients(gsa_ref.sparse_attention, arguments)
+    gold = gradients(gsa_ref.sparse_attention, arguments | {name: arguments[name].double() for name in names})
+    bounds = [gradient_bounds(case, arguments, dout[b], dlse[b], b) for b in range(case.B)]
+    for i, name in enumerate(names):
+        tolerance = np.stack([bound[name] for bound in bounds])
+        for how, result in (("in order", results[0][i]), ("atomic", results[2][i])):
+            verdict = error_budget(
+                numpy(result), numpy(baseline[i]), numpy(gold[i]), result.dtype, factor=3.0, tolerance=tolerance
+            )
+            yield verdict if verdict else dataclasses.replace(verdict, detail=f"{name}, {how}: {verdict.detail}")
+            if name in ("k", "v"):
+                unused = numpy(result)[~np.stack([bound["selected"].any(0) for bound in bounds])]
+                largest = float(np.abs(unused).max(initial=0))
+                yield Verdict(largest == 0, largest, 0.0, f"d{name} of keys that nobody selected")
+
+
+def gradient_bounds(
+    case: cases.AttentionBackwardCase, arguments: dict[str, Any], dout: Tensor, dlse: Tensor, b: int
+) -> dict[str, np.ndarray]:
+    """Proven bounds for the gradients of sequence b, by argument; and who selected whom, [L, S]."""
+    q, k, v = (numpy(arguments[name][b]) for name in "qkv")
+    dtype, first = arguments["q"].dtype, case.S - case.L
+    u = unit_roundoff(dtype)
+    chosen = filled(Selection(*(x[b : b + 1] for x in arguments["selection"])), first, case.S)
+    selected = np.zeros((case.L, case.S), dtype=bool)
+    for t, S_t in enumerate(chosen):
+        selected[t, S_t] = True
+    do, grad = numpy(dout), numpy(dout)
+    output_gate, value_gate = arguments["output_gate_logits"], arguments["value_gate_logits"]
+    bounds: dict[str, np.ndarray] = {"selected": selected}
+    value, weight = v, np.ones_like(v)
+    if value_gate is not None:
+        weight = equations.sigmoid(numpy(value_gate[b]))
+        value = v * weight
+    if output_gate is not None:
+        gate = equations.sigmoid(numpy(output_gate[b]))
+        grad = do * gate
+        out, _ = equations.sparse_attention(q, k, value, chosen)
+        error = attention_tolerance(q, k, value, chosen, dtype)[0] + 2 * u * np.abs(value).max(initial=0)
+        bounds["output_gate_logits"] = np.abs(do) * gate * (1 - gate) * (error + 6 * u * np.abs(out)) + np.finfo(
+            np.float16
+        ).smallest_subnormal * (dtype == torch.float16)
+    bounds["q"], bounds["k"], dv = attention_gradient_tolerance(q, k, value, selected, grad, numpy(dlse), dtype)
+    # Values that were rounded by their gate reach every dp; a gradient of v' is rounded before its gate.
+    size = 8 * u * np.abs(grad).sum(-1).max(initial=0) * np.abs(value).max(initial=0) * (value_gate is not None)
+    scale = q.shape[-1] ** -0.5
+    bounds["q"] = bounds["q"] + scale * size * np.abs(k).max(initial=0)
+    bounds["k"] = bounds["k"] + scale * size * np.abs(q).max(initial=0) * case.L * case.group
+    total = np.abs(grad).reshape(case.L, case.H_kv, case.group, -1).sum((0, 2))  # a bound on |dv'|
+    bounds["v"] = weight * (dv + 4 * u * total)
+    bounds["value_gate_logits"] = np.abs(v) * weight * (1 - weight) * (dv + 6 * u * total)
+    return bounds
+
+
 def check_gates(case: cases.GateCase, device: str) -> Iterator[Verdict]:
     """Within twice the error of the reference in the same dtype, or the proven bound."""
     x, gate_logits = case.arguments(device)
@@ -420,6 +504,7 @@ CHECKS: dict[str, Callable[[Any, str], Iterator[Verdict]]] = {
     "selection": check_selection,
     "indexed_selection": check_indexed_selection,
     "attention": check_attention,
+    "attention_backward": check_attention_backward,
     "gates": check_gates,
     "layer": check_layer,
     "decode": check_decode,

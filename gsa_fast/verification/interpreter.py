@@ -10,7 +10,7 @@ import torch
 
 from gsa_fast import attention, budget, decode, indexer, selection
 from gsa_fast._backend import INTERPRETED
-from gsa_fast.attention import bits, gather, masked, union
+from gsa_fast.attention import backward, bits, gather, masked, union
 from gsa_fast.selection import streamed
 from gsa_fast.selection.streamed import launch_thresholds
 
@@ -93,6 +93,10 @@ def small_tiles(width: int = 16) -> Iterator[None]:
             (masked, "BLOCKS_AT_A_TIME", 1),
             (masked, "keys_per_block", lambda block_d, dtype: 128 // dtype.itemsize),
             (union, "keys_per_block", lambda block_d, dtype: 32),
+            (backward, "FLOAT32_TILE_ROWS", width // 2),
+            (backward, "PART_COPIES", 0),
+            (backward, "LEAST_PART_BYTES", 256 * width),
+            (backward, "SUM_PROGRAMS", 5),
         ):
             stack.enter_context(mock.patch.object(module, name, value))
         yield

@@ -194,7 +194,8 @@ def test_float64_is_refused_by_the_kernels_and_served_by_the_reference(name, wid
 
 
 @pytest.mark.parametrize(
-    ("name", "differentiable"), [pair for pair in FLOATING if pair[0] not in ("token_budget", "select_tokens")]
+    ("name", "differentiable"),
+    [pair for pair in FLOATING if pair[0] in ("indexer_scores", "score_variance", "indexed_selection")],
 )
 def test_a_backward_pass_through_a_kernel_names_the_function(name, differentiable, device):
     arguments = arguments_of(name, device)
