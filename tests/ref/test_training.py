@@ -19,6 +19,7 @@ from torch.utils.checkpoint import checkpoint
 import gsa_ref
 from gsa_ref import (
     GatedSparseAttention,
+    GSACache,
     LanguageModel,
     ModelConfig,
     Selection,
@@ -261,6 +262,23 @@ def test_a_common_shift_of_the_keys_changes_nothing(case, shift):
     assert close(indexer_kl_loss(**shifted), indexer_kl_loss(**arguments), tolerance)
 
 
+@given(CASES, st.sampled_from((-2.0, 0.5, 4.0)))
+def test_scale_is_a_factor_on_the_attention_s_logits(case, factor):
+    """Bitwise, because the factor is a power of two; the default is 1/√d_h."""
+    arguments = {**case.arguments(), "lse": None}
+    scaled = {**arguments, "scale": factor * case.d_h**-0.5}
+    assert torch.equal(indexer_kl_loss(**{**arguments, "q": factor * arguments["q"]}), indexer_kl_loss(**scaled))
+
+
+@given(kl_cases("float64", phases=("sparse_lse",)))
+def test_a_given_lse_is_the_one_that_counts(case):
+    """lse + ln 2 halves the teacher: the loss becomes (KL − ln 2) / 2."""
+    arguments = case.arguments()
+    loss, halved = indexer_kl_loss(**arguments), indexer_kl_loss(**{**arguments, "lse": arguments["lse"] + math.log(2)})
+    expected = (loss - math.log(2)) / 2 if over(arguments).any() else loss
+    assert close(halved, expected, 2 * oracle.kl_tolerance(arguments)[0])
+
+
 @given(CASES)
 def test_grouped_heads_equal_repeated_key_heads(case):
     """Property 38."""
@@ -310,7 +328,8 @@ def test_keys_outside_every_distribution_change_nothing_and_get_no_gradient(case
 def test_rows_that_are_not_valid_change_nothing_and_get_no_gradient(case, poison):
     arguments = oracle.contiguous(case.arguments())
     invalid = ~over(arguments).any(-1)  # [B, L]
-    loss, gradients = loss_and_gradients(arguments)
+    with torch.autograd.set_detect_anomaly(True):  # no NaN on the way either
+        loss, gradients = loss_and_gradients(arguments)
     assert not any(gradients[name][invalid].any() for name in ("q_idx", "head_logits"))
     changed = {name: arguments[name].clone() for name in ("q", "q_idx", "head_logits")}
     for x in changed.values():
@@ -539,6 +558,14 @@ def test_evaluation_has_no_loss_and_is_the_same_in_both_phases():
     output = layer(h)
     assert output.indexer_loss is expected.indexer_loss is None
     assert torch.equal(output.hidden, expected.hidden)
+
+
+@torch.no_grad()
+def test_a_step_with_a_cache_has_no_loss():
+    """A cache carries no gradient; training mode takes one where nothing does."""
+    layer, cache = build(SMALL).train(), GSACache.allocate(SMALL, 2, 20, dtype=torch.float64)
+    assert layer(hidden(2, 12, SMALL.d), cache=cache).indexer_loss is None
+    assert layer(hidden(2, 12, SMALL.d)).indexer_loss is not None
 
 
 @pytest.mark.parametrize("phase", ["warm_up", "sparse"])
