@@ -15,6 +15,7 @@ from gsa_ref.layer import GatedSparseAttention, GSAOutput
 from gsa_ref.model import LanguageModel, ModelConfig, ModelOutput
 from gsa_ref.rope import apply_rope
 from gsa_ref.selection import Selection, indexed_selection, select_tokens
+from gsa_ref.training import captured_mass, indexer_kl_loss
 
 __all__ = [
     "GSACache",
@@ -28,9 +29,11 @@ __all__ = [
     "Selection",
     "apply_gate",
     "apply_rope",
+    "captured_mass",
     "dense_attention",
     "generate",
     "indexed_selection",
+    "indexer_kl_loss",
     "indexer_scores",
     "score_variance",
     "select_tokens",

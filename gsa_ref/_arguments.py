@@ -204,6 +204,41 @@ def check_attention_arguments(
     )
 
 
+def check_kl_arguments(
+    q_idx: Any,
+    k_idx: Any,
+    head_logits: Any,
+    bias: Any,
+    q: Any,
+    k: Any,
+    *,
+    indexer_scale: Any,
+    indices: Any,
+    counts: Any,
+    lse: Any,
+    scale: Any,
+    temperature: Any,
+    start: Any,
+    lengths: Any,
+) -> None:
+    """The checks of `indexer_kl_loss`; indices and counts are None together, in the dense warm-up."""
+    check_number("indexer_scale", indexer_scale)
+    check_indexer_arguments(q_idx, k_idx, head_logits, bias, scale=indexer_scale, start=start, lengths=lengths)
+    sizes = {"B": q_idx.shape[0], "L": q_idx.shape[1], "S": k_idx.shape[1]}
+    check_heads(q, k, k, sizes)
+    if indices is not None:
+        check_tensor("selection.indices", indices, "B L K", sizes, dtypes=(torch.int32,))
+        check_tensor("selection.counts", counts, "B L", sizes, dtypes=(torch.int32,))
+    if lse is not None:
+        if indices is None:
+            raise ValueError("lse: expected None without a selection, got a value")
+        check_tensor("lse", lse, "B L H", sizes, dtypes=(torch.float32, torch.float64))
+    if scale is not None:
+        check_number("scale", scale)
+    check_number("temperature", temperature, positive=True)
+    check_same_device(q_idx=q_idx, q=q, k=k, indices=indices, counts=counts, lse=lse)
+
+
 def check_decode_arguments(
     q: Any,
     k: Any,

@@ -45,14 +45,14 @@ def indexer_scores(
     (B, L, H_I, _), S = q_idx.shape, k_idx.shape[1]
     scores = torch.zeros(B, L, S, dtype=dtype, device=q_idx.device)
     for j in range(H_I):
-        with _no_autocast(q_idx.device):
+        with no_autocast(q_idx.device):
             dot = q_idx[:, :, j] @ k_idx.mT  # [B, L, S]
         z = scale * dot + bias[j].to(dtype)
         scores = scores + weight[:, :, j, None] * torch.sigmoid(z)
     return scores.masked_fill(~visible(L, S, start, lengths, q_idx.device), -torch.inf)
 
 
-def _no_autocast(device: torch.device) -> AbstractContextManager[None]:
+def no_autocast(device: torch.device) -> AbstractContextManager[None]:
     # Autocast would round the products to 16 bits, and hundreds of keys would tie.
     if not torch.amp.is_autocast_available(device.type):
         return nullcontext()
