@@ -12,7 +12,7 @@ import torch
 import triton
 
 from gsa_fast._backend import INTERPRETED
-from gsa_fast.bench import decode, prefill, records
+from gsa_fast.bench import decode, prefill, records, train
 from gsa_fast.selection import SIGMOID_MODES
 from gsa_fast.verification import long, run
 from gsa_fast.verification.compile import SHARED_MEMORY_LIMIT, compile_shipped
@@ -91,6 +91,14 @@ def main(argv: list[str] | None = None) -> int:
             "in PyTorch.",
         )
     )
+    train.add_arguments(
+        suites.add_parser(
+            "train",
+            help="attention and gates forward and backward",
+            description="Measure attention and gates forward and backward over lengths and selection patterns, beside "
+            "cuDNN's and FlashAttention's dense attention in PyTorch.",
+        )
+    )
     options = parser.parse_args(argv)
     if options.json is not None and not options.json.resolve().parent.is_dir():
         parser.error(f"argument --json: expected a file in an existing folder, got {options.json}")
@@ -98,7 +106,7 @@ def main(argv: list[str] | None = None) -> int:
     if options.command == "compile":
         return run_compile(options, command)
     if options.command == "bench":
-        suite = {prefill.SUITE: prefill, decode.SUITE: decode}[options.suite]
+        suite = {suite.SUITE: suite for suite in (prefill, decode, train)}[options.suite]
         if problem := suite.check_options(options):
             parser.error(problem)
         return suite.main(options, argv)

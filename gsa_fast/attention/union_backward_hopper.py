@@ -160,12 +160,9 @@ def union_backward_hopper_kernel(
             barrier()
             dv = warpgroup_mma(s_p.permute((1, 0)), s_do, no_part, use_acc=False, is_async=True)
             under_way = warpgroup_mma(s_ds, s_k.index(this), dq, is_async=True)
-            p_part = p_dk
-            if DETERMINISTIC:
-                p_part += i.to(gl.int64) * BLOCK_N * width
             p_block = p_positions + i * BLOCK_N
             dv = warpgroup_mma_wait(1, deps=[dv])
-            add_part(p_part + H_kv * d_h, dv, width, p_block, size - i * BLOCK_N, d_h, dtype, DETERMINISTIC)
+            add_part(p_dk + H_kv * d_h, dv, width, p_block, size - i * BLOCK_N, d_h, dtype, DETERMINISTIC)
             dk = warpgroup_mma(s_ds.permute((1, 0)), s_q, no_part, use_acc=False, is_async=True)
             dq = warpgroup_mma_wait(1, deps=[under_way])
             barrier()  # everybody is done with K and V of block i
@@ -174,7 +171,9 @@ def union_backward_hopper_kernel(
             async_copy.commit_group()
             position = gl.load(p_positions + (i + 3) * BLOCK_N + slot, mask=slot < (blocks - i - 3) * BLOCK_N, other=0)
             dk = warpgroup_mma_wait(0, deps=[dk])
-            add_part(p_part, scale * dk, width, p_block, size - i * BLOCK_N, d_h, dtype, DETERMINISTIC)
+            add_part(p_dk, scale * dk, width, p_block, size - i * BLOCK_N, d_h, dtype, DETERMINISTIC)
+            if DETERMINISTIC:
+                p_dk += BLOCK_N * width
         async_copy.wait_group(0)
 
         # From the registers as they are: rows in the layout of the copies would stay in registers during the loop.

@@ -107,6 +107,35 @@ def attention_work(L: int, config: GSAConfig, *, mean_k: float, union: float, ou
     )
 
 
+def attention_backward_work(L: int, config: GSAConfig, *, mean_k: float, union: float, deterministic: bool) -> Work:
+    """The tiles of `attention_work` again: five products instead of two, 10·d_h·B·H·U operations, and K and V once more.
+
+    What a tile gives to dk and dv, 2·d_h·H_kv·U numbers, is added in float32 in L2; or, in a fixed order, stored in 16
+    bits and read once to be summed. From memory once: q, do, the output gate's logits, dout and the output; their
+    gradients; k, v, and 2·d_h·H_kv float32 sums a key, written, read, and written in 16 bits.
+    """
+    c = config
+    tiles = L / tile_rows(c)
+    queries, keys = BF16 * L * c.H * c.d_h, BF16 * L * c.H_kv * c.d_h
+    parts = tiles * 2 * c.d_h * c.H_kv * union
+    return Work(
+        flop=tiles * 10 * c.d_h * tile_rows(c) * c.H * union,
+        special=L * c.H * (mean_k + c.d_h),
+        memory_bytes=8 * queries + 2 * keys + 2 * (2 * FP32 + BF16) / BF16 * keys + deterministic * 2 * BF16 * parts,
+        l2_bytes=BF16 * parts + (not deterministic) * FP32 * parts,
+    )
+
+
+def dense_backward_work(L: int, config: GSAConfig) -> Work:
+    """Five products instead of two: 10·d_h·H·P operations; q, k, v, the result, its gradient and theirs once."""
+    c = config
+    return Work(
+        flop=10 * c.d_h * c.H * pairs(L),
+        special=c.H * pairs(L),
+        memory_bytes=BF16 * L * c.d_h * (4 * c.H + 4 * c.H_kv),
+    )
+
+
 def gates_work(L: int, config: GSAConfig) -> Work:
     """G2 as one pass: v and its logits are read, v' is written. G1 is part of the attention."""
     return Work(special=L * config.H_kv * config.d_h, memory_bytes=3 * BF16 * L * config.H_kv * config.d_h)

@@ -34,8 +34,9 @@ from gsa_ref import GSAConfig, Selection
 # Shared memory that one block may use, in bytes (CUDA C++ Programming Guide, table of technical specifications).
 SHARED_MEMORY_LIMIT = {80: 166_912, 86: 101_376, 89: 101_376, 90: 232_448, 100: 232_448}
 
-# A register cap that lets one more program run on a multiprocessor may cost a few registers outside the inner loops.
-MAX_STACK = 96
+# A register cap that lets one more program run on a multiprocessor may cost a few registers outside the inner loops,
+# and gradients with heads wider than 128 channels a few inside.
+MAX_STACK = 112
 
 _POINTER_TYPES = {
     torch.float32: "*fp32", torch.float16: "*fp16", torch.bfloat16: "*bf16", torch.int32: "*i32", torch.int64: "*i64",
@@ -172,7 +173,10 @@ def shipped_calls(
                         yield partial(_attend_by, method, q, k, k, selection, output_gate_logits=gate, impl="triton")
                         if method == "union" and d_h in union_hopper.HEAD_WIDTHS:
                             yield partial(_attend_on_hopper, q, k, k, selection, output_gate_logits=gate, impl="triton")
-        yield partial(gsa_fast.apply_gate, q, q, impl="triton")
+                for on_hopper in (False, True) if d_h in union_hopper.HEAD_WIDTHS else (False,):
+                    for deterministic in (True, False):
+                        yield partial(_backward, on_hopper, deterministic, q, k, selection)
+        yield partial(_backward_of_gate, q)
         yield from decode_calls(dtype, head_widths, heads)
 
 
@@ -211,6 +215,20 @@ def _attend_by(method: str, *args: Any, **kwargs: Any) -> Any:
 def _attend_on_hopper(*args: Any, **kwargs: Any) -> Any:
     with mock.patch.object(union_hopper, "on_hopper", return_value=True):
         return _attend_by("union", *args, **kwargs)
+
+
+def _backward(on_hopper: bool, deterministic: bool, q: torch.Tensor, k: torch.Tensor, selection: Selection) -> None:
+    with mock.patch.object(union_hopper, "on_hopper", return_value=on_hopper):
+        q = q.detach().requires_grad_()
+        options: dict[str, Any] = {"output_gate_logits": q, "deterministic": deterministic, "impl": "triton"}
+        out, lse = gsa_fast.sparse_attention(q, k, k, selection, **options)
+        torch.autograd.grad((out, lse), q, (torch.zeros_like(out), torch.zeros_like(lse)))
+
+
+def _backward_of_gate(x: torch.Tensor) -> None:
+    x = x.detach().requires_grad_()
+    out = gsa_fast.apply_gate(x, x, impl="triton")
+    torch.autograd.grad(out, x, torch.zeros_like(out))
 
 
 def compile_shipped(

@@ -27,6 +27,7 @@ for launch in launches:
         print(dict(launch.constants)["APPROXIMATE"], dict(launch.options)["maxnreg"], *(k.registers for k in used))
 """
 KERNELS = {
+    "apply_gate_backward_kernel",
     "apply_gate_kernel",
     "budget_and_select_kernel",
     "decode_attend_kernel",
@@ -35,9 +36,11 @@ KERNELS = {
     "decode_threshold_kernel",
     "indexer_scores_kernel",
     "key_blocks_kernel",
+    "list_parts_kernel",
     "masked_attention_kernel",
     "masked_repair_kernel",
     "nonfinite_rows_kernel",
+    "output_gradient_kernel",
     "redo_kernel",
     "sample_scores_kernel",
     "score_variance_kernel",
@@ -47,10 +50,13 @@ KERNELS = {
     "selection_bits_kernel",
     "shortlist_kernel",
     "sparse_attention_kernel",
+    "sum_parts_kernel",
     "threshold_kernel",
     "token_budget_kernel",
     "union_attention_hopper_kernel",
     "union_attention_kernel",
+    "union_backward_hopper_kernel",
+    "union_backward_kernel",
     "union_kernel",
     "union_repair_kernel",
 }
@@ -60,14 +66,13 @@ TILES = {
     "masked_attention_kernel",
     "masked_repair_kernel",
     "nonfinite_rows_kernel",
-    "selection_bits_kernel",
     "union_attention_hopper_kernel",
     "union_attention_kernel",
-    "union_kernel",
+    "union_backward_hopper_kernel",
     "union_repair_kernel",
 }
 # Those that use the matrix units of one architecture only.
-HOPPER = {"union_attention_hopper_kernel"}
+HOPPER = {"union_attention_hopper_kernel", "union_backward_hopper_kernel"}
 
 
 def compile_sample(dtype: str, code: str = SAMPLE, root: Path = ROOT) -> subprocess.CompletedProcess[str]:
