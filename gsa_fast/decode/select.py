@@ -1,6 +1,7 @@
 """Exact top k_t of a row of scores, by many programs.
 
-1. A program per row takes k_t (Eq. 8) and a bound that at least κ scores reach: the κ-th best of the groups' best.
+1. k_t (Eq. 8) and a bound that at least κ scores reach: about the κ-th best of the groups' best. Every program of a
+   row finds them itself, or, where rows are many, a program per row does.
 2. Shards of a row write what reaches the bound, their candidates; the shard that comes last picks the κ best of them.
 
 The order of the list is that of the shards, not of the positions: the attention does not care.
@@ -119,53 +120,71 @@ def select_from_candidates(
 
 
 @triton.jit
-def decode_threshold_kernel(
-    best_ptr, statistics_ptr, mean_variance_ptr, start_ptr, lengths_ptr,
-    low_ptr, counts_ptr, variance_ptr, arrived_ptr,
-    L, S, K, H_kv, groups, tiles, k_base, k_min, k_max,
-    RULE: tl.constexpr, GROUPS: tl.constexpr, BLOCK_G: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_H: tl.constexpr,
+def bound_of_row(
+    p_best, p_statistics, mean_variance, n_visible, K, groups, tiles, k_base, k_min, k_max,
+    RULE: tl.constexpr, GROUPS: tl.constexpr, BLOCK_G: tl.constexpr, BLOCK_T: tl.constexpr,
 ):  # fmt: skip
-    """One program per row: variance, κ = k_t (Eq. 8), and a key that at least κ keys reach.
-
-    It also sets to 0 what the programs of the other kernels count: those that have arrived, per row and head.
-    """
-    row = tl.program_id(0).to(tl.int64)
-    b, t = row // L, (row % L).to(tl.int32)
+    """(variance of a row, κ = k_t (Eq. 8), a key that at least κ of its keys reach)."""
     group = tl.arange(0, GROUPS)
-    n_visible = count_visible(tl.load(start_ptr + b) + t, tl.load(lengths_ptr + b), S)
     n_groups = tl.minimum(n_visible, groups)
-    best = tl.load(best_ptr + row * groups + group, mask=group < n_groups, other=MASKED_KEY)  # [GROUPS]
-    p_statistics = statistics_ptr + row * 3 * tiles
+    best = tl.load(p_best + group, mask=group < n_groups, other=MASKED_KEY)  # [GROUPS]
     variance = row_variance_from_tiles(p_statistics, tiles, tl.cdiv(n_groups, BLOCK_G), BLOCK_T)
-    k = budget_from_variance(variance, tl.load(mean_variance_ptr), n_visible, k_base, k_min, k_max, RULE)
+    k = budget_from_variance(variance, mean_variance, n_visible, k_base, k_min, k_max, RULE)
     kappa = tl.minimum(tl.maximum(k, 0), K)
-    tl.store(counts_ptr + row, kappa)
-    tl.store(variance_ptr + row, variance)
-    counter = tl.arange(0, BLOCK_H)
-    tl.store(arrived_ptr + row * (H_kv + 1) + counter, tl.zeros([BLOCK_H], tl.int32), mask=counter <= H_kv)
     low = NAN_KEY + 0  # with fewer groups than κ, every key is a candidate
     if (kappa > 0) & (n_groups > kappa):
         smallest = tl.min(tl.where(group < n_groups, best, 0x7F800000), axis=0)
-        low = threshold_key(best, smallest, tl.max(best, axis=0), kappa)
+        low = threshold_key(best, smallest, tl.max(best, axis=0), kappa, kappa // 16)  # a few more do no harm
+    return variance, kappa, low
+
+
+@triton.jit
+def decode_threshold_kernel(
+    best_ptr, statistics_ptr, mean_variance_ptr, start_ptr, lengths_ptr, low_ptr, counts_ptr, variance_ptr,
+    L, S, K, groups, tiles, k_base, k_min, k_max,
+    RULE: tl.constexpr, GROUPS: tl.constexpr, BLOCK_G: tl.constexpr, BLOCK_T: tl.constexpr,
+):  # fmt: skip
+    """One program per row: `bound_of_row`."""
+    row = tl.program_id(0).to(tl.int64)
+    b, t = row // L, (row % L).to(tl.int32)
+    n_visible = count_visible(tl.load(start_ptr + b) + t, tl.load(lengths_ptr + b), S)
+    variance, kappa, low = bound_of_row(
+        best_ptr + row * groups, statistics_ptr + row * 3 * tiles, tl.load(mean_variance_ptr), n_visible,
+        K, groups, tiles, k_base, k_min, k_max, RULE, GROUPS, BLOCK_G, BLOCK_T,
+    )  # fmt: skip
+    tl.store(counts_ptr + row, kappa)
+    tl.store(variance_ptr + row, variance)
     tl.store(low_ptr + row, low)
 
 
 @triton.jit
 def decode_select_kernel(
-    keys_ptr, start_ptr, lengths_ptr, low_ptr, counts_ptr, entries_ptr, sizes_ptr, indices_ptr, arrived_ptr,
-    L, S, K, H_kv, groups,
+    keys_ptr, best_ptr, statistics_ptr, mean_variance_ptr, start_ptr, lengths_ptr,
+    low_ptr, counts_ptr, variance_ptr, entries_ptr, sizes_ptr, indices_ptr, arrived_ptr,
+    L, S, K, H_kv, groups, tiles, k_base, k_min, k_max,
+    RULE: tl.constexpr, GROUPS: tl.constexpr, BLOCK_G: tl.constexpr, BLOCK_T: tl.constexpr, BOUNDS: tl.constexpr,
     MEMBERS: tl.constexpr, SHARDS: tl.constexpr, SEGMENT: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """One program per row and shard: its candidates; the last one of a row picks the κ best of all shards'.
 
-    In an order that depends on nothing else, whoever is last.
+    In an order that depends on nothing else, whoever is last. With BOUNDS every program finds the row's bound, which
+    is sooner than to wait for one that does.
     """
     shard = (tl.program_id(0) % SHARDS).to(tl.int32)
     row = tl.program_id(0).to(tl.int64) // SHARDS
     b, t = row // L, (row % L).to(tl.int32)
     n_visible = count_visible(tl.load(start_ptr + b) + t, tl.load(lengths_ptr + b), S)
-    kappa = tl.load(counts_ptr + row)
-    low = tl.load(low_ptr + row)
+    if BOUNDS:
+        variance, kappa, low = bound_of_row(
+            best_ptr + row * groups, statistics_ptr + row * 3 * tiles, tl.load(mean_variance_ptr), n_visible,
+            K, groups, tiles, k_base, k_min, k_max, RULE, GROUPS, BLOCK_G, BLOCK_T,
+        )  # fmt: skip
+        if shard == 0:
+            tl.store(counts_ptr + row, kappa)
+            tl.store(variance_ptr + row, variance)
+    else:
+        kappa = tl.load(counts_ptr + row)
+        low = tl.load(low_ptr + row)
     p_keys = keys_ptr + row * groups * MEMBERS
     p_indices = indices_ptr + row * K
     p_words = entries_ptr + row * (2 * SHARDS * SEGMENT)  # of a candidate: its position, its key
