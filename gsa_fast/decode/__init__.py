@@ -170,7 +170,7 @@ def launch_decode(
         keys, best, statistics, mean_variance, start, lengths,
         low, counts, variance, entries, sizes, indices, arrived,
         L, S, K, H_kv, groups, tiles, k_base, k_min, k_max,
-        BOUNDS=in_select, MEMBERS=members, SHARDS=shards, SEGMENT=segment, BLOCK=BLOCK_SELECT, **bound,
+        BOUNDS=in_select, MEMBERS=members, SHARDS=shards, SEGMENT=segment, BLOCK=max(BLOCK_SELECT, members), **bound,
     )  # fmt: skip
 
     block_d, combined_g = max(16, triton.next_power_of_2(d_h)), triton.next_power_of_2(group)

@@ -66,6 +66,17 @@ def select_from_row(
 
 
 @triton.jit
+def count_before(keep):
+    """In a tile [R, C] of 0 and 1, row by row: how many 1 come before each place, and how many there are.
+
+    Rows are scanned apart, because a scan of R · C numbers in one takes many exchanges between warps.
+    """
+    of_row = tl.sum(keep, axis=1)  # [R]
+    before = tl.cumsum(of_row, axis=0) - of_row
+    return before[:, None] + tl.cumsum(keep, axis=1) - keep, tl.sum(of_row, axis=0)
+
+
+@triton.jit
 def write_candidates(
     p_keys, p_words, shard, kappa, groups, n_visible, low,
     MEMBERS: tl.constexpr, SHARDS: tl.constexpr, SEGMENT: tl.constexpr, BLOCK: tl.constexpr,
@@ -75,20 +86,23 @@ def write_candidates(
     Neighbouring positions belong to neighbouring groups, so that a run of selected ones spreads over all shards.
     """
     n_groups = tl.cdiv(tl.maximum(tl.minimum(groups, n_visible) - shard, 0), SHARDS)
-    end = tl.where(kappa > 0, n_groups * MEMBERS, 0)
+    end = tl.where(kappa > 0, n_groups, 0)
     written = 0
-    for first in range(0, end, BLOCK):
-        i = first + tl.arange(0, BLOCK)
-        group = shard + SHARDS * (i // MEMBERS)
-        position = i % MEMBERS * groups + group
+    ROWS: tl.constexpr = BLOCK // MEMBERS
+    member = tl.arange(0, MEMBERS)[None, :]
+    for first in range(0, end, ROWS):
+        i = first + tl.arange(0, ROWS)[:, None]
+        group = shard + SHARDS * i
+        position = member * groups + group  # [ROWS, MEMBERS]
         inside = (i < end) & (position < n_visible)
-        key = tl.load(p_keys + group.to(tl.int64) * MEMBERS + i % MEMBERS, mask=inside, other=MASKED_KEY)
+        key = tl.load(p_keys + group.to(tl.int64) * MEMBERS + member, mask=inside, other=MASKED_KEY)
         keep = (key >= low).to(tl.int32)
-        slot = written + tl.cumsum(keep, axis=0) - keep
+        before, size = count_before(keep)
+        slot = written + before
         fits = (keep == 1) & (slot < SEGMENT)
         store_where(p_words, 2 * slot, position, fits)
         store_where(p_words, 2 * slot + 1, key, fits)
-        written += tl.sum(keep, axis=0)
+        written += size
     unused = tl.arange(0, SEGMENT)
     tl.store(p_words + 2 * unused + 1, tl.full([SEGMENT], MASKED_KEY, tl.int32), mask=unused >= written)
     return written
@@ -96,27 +110,31 @@ def write_candidates(
 
 @triton.jit
 def select_from_candidates(
-    p_words, p_indices, kappa, low, SHARDS: tl.constexpr, SEGMENT: tl.constexpr, USED: tl.constexpr
+    p_words, p_indices, total, kappa, low, SHARDS: tl.constexpr, SEGMENT: tl.constexpr, USED: tl.constexpr
 ):  # fmt: skip
-    """The κ ≥ 1 best candidates of a row, all of them ≥ low, at least κ, in the first USED places of each segment.
+    """The κ ≥ 1 best of the `total` ≥ κ candidates of a row, all ≥ low, in the first USED places of each segment.
 
     Other programs wrote them, so that the first-level cache, which belongs to a multiprocessor, is passed by (.cg).
     """
+    COLUMNS: tl.constexpr = 8 if USED >= 8 else USED
     slot = tl.arange(0, SHARDS * USED)
     place = 2 * (slot // USED * SEGMENT + slot % USED)
     key = tl.load(p_words + place + 1, cache_modifier=".cg")  # [SHARDS · USED]
-    low = threshold_key(key, low, tl.max(key, axis=0), kappa)
+    position = tl.load(p_words + place, cache_modifier=".cg")
+    low = threshold_key(key, low, total, tl.max(key, axis=0), kappa)
     greater = key > low
     equal = key == low
-    ties_wanted = kappa - tl.sum(greater.to(tl.int32), axis=0)
+    both = tl.sum((equal.to(tl.int32) << 16) + greater.to(tl.int32), axis=0)  # two counts in one sum
+    ties = both >> 16
+    ties_wanted = kappa - (both & 0xFFFF)
     last_tie = 0x7FFFFFFF
-    position = tl.load(p_words + place, mask=greater | equal, other=0, cache_modifier=".cg")
-    if tl.sum(equal.to(tl.int32), axis=0) > ties_wanted:  # the lowest positions come first
+    if ties > ties_wanted:  # the lowest positions come first
         mirrored = tl.where(equal, last_tie - position, -1)
         nearest = tl.max(tl.where(equal, position, 0), axis=0)
-        last_tie -= threshold_key(mirrored, last_tie - nearest, tl.max(mirrored, axis=0), ties_wanted)
+        last_tie -= threshold_key(mirrored, last_tie - nearest, ties, tl.max(mirrored, axis=0), ties_wanted)
     take = (greater | (equal & (position <= last_tie))).to(tl.int32)
-    store_where(p_indices, tl.cumsum(take, axis=0) - take, position, take == 1)
+    before, _ = count_before(tl.reshape(take, [SHARDS * USED // COLUMNS, COLUMNS]))
+    store_where(p_indices, tl.reshape(before, [SHARDS * USED]), position, take == 1)
 
 
 @triton.jit
@@ -133,8 +151,10 @@ def bound_of_row(
     kappa = tl.minimum(tl.maximum(k, 0), K)
     low = NAN_KEY + 0  # with fewer groups than κ, every key is a candidate
     if (kappa > 0) & (n_groups > kappa):
-        smallest = tl.min(tl.where(group < n_groups, best, 0x7F800000), axis=0)
-        low = threshold_key(best, smallest, tl.max(best, axis=0), kappa, kappa // 16)  # a few more do no harm
+        # Smallest and largest in one exchange between warps.
+        ends = tl.max(tl.join(best, tl.where(group < n_groups, -best, -0x7F800000)), axis=0)
+        largest, smallest = tl.split(ends)
+        low = threshold_key(best, -smallest, n_groups, largest, kappa, kappa // 16)  # a few more do no harm
     return variance, kappa, low
 
 
@@ -198,10 +218,11 @@ def decode_select_kernel(
     tl.debug_barrier()  # the stores of all threads come before the arrival, which one thread announces
     arrived = tl.atomic_add(arrived_ptr + row * (H_kv + 1) + H_kv, 1, sem="acq_rel", scope="gpu")
     if (arrived == SHARDS - 1) & (kappa > 0):
-        most = tl.max(tl.load(p_sizes + tl.arange(0, SHARDS), cache_modifier=".cg"), axis=0)
+        sizes = tl.load(p_sizes + tl.arange(0, SHARDS), cache_modifier=".cg")
+        most, total = tl.max(sizes, axis=0), tl.sum(sizes, axis=0)
         if most <= SEGMENT // 2:
-            select_from_candidates(p_words, p_indices, kappa, low, SHARDS, SEGMENT, SEGMENT // 2)
+            select_from_candidates(p_words, p_indices, total, kappa, low, SHARDS, SEGMENT, SEGMENT // 2)
         elif most <= SEGMENT:
-            select_from_candidates(p_words, p_indices, kappa, low, SHARDS, SEGMENT, SEGMENT)
+            select_from_candidates(p_words, p_indices, total, kappa, low, SHARDS, SEGMENT, SEGMENT)
         else:  # many equal scores
             select_from_row(p_keys, p_indices, groups, n_visible, kappa, low, MEMBERS, BLOCK)
