@@ -1,8 +1,8 @@
-"""Decoding: everything between the projections, for a few queries against a long cache, in four kernels.
+"""Decoding: everything between the projections, for a few queries against a long cache, in three kernels.
 
 1. `scores`: Eq. 7 for every key, and the best score of each group of keys.
-2. `select`: a program per row takes k_t (Eq. 8) and a bound below the k_t-th best score; then many programs per row
-   list the keys that reach it, and the last of them picks the k_t best.
+2. `select`: k_t (Eq. 8) and a bound below the k_t-th best score; many programs per row list the keys that reach it, and
+   the last of them picks the k_t best. With more than BOUND_ROWS rows, the bounds have a kernel of their own.
 3. `attend`: sparse attention, the selection split over programs; the last one combines and gates (Eq. 10).
 
 Nothing waits for the device, and launches depend on shapes alone: a CUDA graph may replay them while `start` and
@@ -30,20 +30,20 @@ from gsa_ref.selection import check_selection_config
 
 MAX_QUERIES = 8
 
-# Groups of keys per row: a program of `decode_threshold_kernel` holds the best score of each in registers.
+# Groups of keys per row: a program that finds a bound holds the best score of each in registers.
 MAX_GROUPS, LARGEST_GROUPS = 8192, 16384
 BLOCK_SCORES = 128  # keys per tile of `decode_scores_kernel`
 MAX_MEMBERS = 4  # of a group, in one such tile
 TILE_BYTES = 16384  # of K, and of V, per tile of `decode_attend_kernel`
 BLOCK_SELECT = 8192  # keys that a program of `decode_select_kernel` reads at a time
 MAX_SHARDS = 16  # of a row's keys
+BOUND_ROWS = 8  # up to so many, the programs of all shards run at once, and each finds the bound of its row
 MAX_CANDIDATES = 16384  # that the last program of a row holds in registers
 MAX_SPLITS = 16  # of a row's selection
 COMBINED = 8192  # numbers of several splits that are combined at a time
 # Measured on an H200, at 131,072 keys with 8 key/value heads in bf16.
 SCORES_OPTIONS = {"num_stages": 3}
 SELECT_OPTIONS = {"num_warps": 16}
-THRESHOLD_WARPS = 4
 ATTEND_OPTIONS = {"num_warps": 2, "num_stages": 3}
 # Not measured: with these no configuration spills registers.
 WIDE_TILE = 2048  # numbers of a tile of outputs, above which more threads hold them
@@ -141,32 +141,36 @@ def launch_decode(
     tiles = groups // block_g
     keys, best = scratch(B, L, groups * members), scratch(B, L, groups)
     statistics = scratch(B, L, 3, tiles, dtype=torch.float32)
+    arrived = scratch(B, L, H_kv + 1)
     decode_scores_kernel[(B * tiles,)](
-        q_idx, k_idx, head_logits, bias, start, lengths, keys, best, statistics,
+        q_idx, k_idx, head_logits, bias, start, lengths, keys, best, statistics, arrived,
         *q_idx.stride(), *k_idx.stride(), *head_logits.stride(), *bias.stride(),
-        L, S, groups, tiles, indexer_scale,
+        L, S, groups, tiles, L * (H_kv + 1), indexer_scale,
         H_I=H_I, d_I=d_I, MEMBERS=members,
         BLOCK_L=block_l, BLOCK_H=block_h, BLOCK_D=max(16, triton.next_power_of_2(d_I)),
-        BLOCK_G=block_g, BLOCK_M=block_m, APPROXIMATE=approximate,
+        BLOCK_G=block_g, BLOCK_M=block_m, BLOCK_C=triton.next_power_of_2(L * (H_kv + 1)), APPROXIMATE=approximate,
         num_warps=4 if columns <= 16 else 8, **SCORES_OPTIONS,
-    )  # fmt: skip
-
-    low, arrived = scratch(B, L), scratch(B, L, H_kv + 1)
-    all_groups = triton.next_power_of_2(groups)
-    decode_threshold_kernel[(B * L,)](
-        best, statistics, mean_variance, start, lengths, low, counts, variance, arrived,
-        L, S, K, H_kv, groups, tiles, k_base, k_min, k_max,
-        RULE=RULE_CODES[rule], GROUPS=all_groups, BLOCK_G=block_g, BLOCK_T=max(2, triton.next_power_of_2(tiles)),
-        BLOCK_H=triton.next_power_of_2(H_kv + 1), num_warps=THRESHOLD_WARPS if all_groups <= MAX_GROUPS else 8,
     )  # fmt: skip
 
     shards = shards_of(groups * members)
     segment = segment_of(K, shards)
-    entries, sizes = scratch(B, L, shards, segment, 2), scratch(B, L, shards)
+    low, entries, sizes = scratch(B, L), scratch(B, L, shards, segment, 2), scratch(B, L, shards)
+    # The variance of a row must not depend on which kernel merges it: both have the same tiles and warps.
+    bound: dict[str, Any] = {
+        "RULE": RULE_CODES[rule], "GROUPS": triton.next_power_of_2(groups), "BLOCK_G": block_g,
+        "BLOCK_T": max(2, triton.next_power_of_2(tiles)), **SELECT_OPTIONS,
+    }  # fmt: skip
+    in_select = B * L <= BOUND_ROWS
+    if not in_select:
+        decode_threshold_kernel[(B * L,)](
+            best, statistics, mean_variance, start, lengths, low, counts, variance,
+            L, S, K, groups, tiles, k_base, k_min, k_max, **bound,
+        )  # fmt: skip
     decode_select_kernel[(B * L * shards,)](
-        keys, start, lengths, low, counts, entries, sizes, indices, arrived,
-        L, S, K, H_kv, groups,
-        MEMBERS=members, SHARDS=shards, SEGMENT=segment, BLOCK=BLOCK_SELECT, **SELECT_OPTIONS,
+        keys, best, statistics, mean_variance, start, lengths,
+        low, counts, variance, entries, sizes, indices, arrived,
+        L, S, K, H_kv, groups, tiles, k_base, k_min, k_max,
+        BOUNDS=in_select, MEMBERS=members, SHARDS=shards, SEGMENT=segment, BLOCK=max(BLOCK_SELECT, members), **bound,
     )  # fmt: skip
 
     block_d, combined_g = max(16, triton.next_power_of_2(d_h)), triton.next_power_of_2(group)

@@ -23,21 +23,25 @@ def score_key(x):
 
 @triton.jit
 def decode_scores_kernel(
-    q_ptr, k_ptr, weight_ptr, bias_ptr, start_ptr, lengths_ptr, keys_ptr, best_ptr, statistics_ptr,
+    q_ptr, k_ptr, weight_ptr, bias_ptr, start_ptr, lengths_ptr, keys_ptr, best_ptr, statistics_ptr, arrived_ptr,
     stride_qb, stride_ql, stride_qh, stride_qd, stride_kb, stride_ks, stride_kd,
     stride_wb, stride_wl, stride_wh, stride_bias,
-    L, S, groups, tiles, scale,
+    L, S, groups, tiles, counters, scale,
     H_I: tl.constexpr, d_I: tl.constexpr, MEMBERS: tl.constexpr,
     BLOCK_L: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_D: tl.constexpr,
-    BLOCK_G: tl.constexpr, BLOCK_M: tl.constexpr, APPROXIMATE: tl.constexpr,
+    BLOCK_G: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr, APPROXIMATE: tl.constexpr,
 ):  # fmt: skip
     """Eq. 7 of all L queries for BLOCK_G groups of keys; the best score of each group; (n, mean, M2) of the program.
 
     The tile has keys as rows and pairs of a query and an indexer head as columns: few columns are padding then.
+    The first program of a sequence sets to 0 what programs of the other kernels count: those that have arrived.
     """
     pid = tl.program_id(0)
     tile = pid % tiles
     b = (pid // tiles).to(tl.int64)
+    if tile == 0:
+        counter = tl.arange(0, BLOCK_C)
+        tl.store(arrived_ptr + b * counters + counter, tl.zeros([BLOCK_C], tl.int32), mask=counter < counters)
     t = tl.arange(0, BLOCK_L)  # [BLOCK_L] queries
     n_visible = count_visible(tl.load(start_ptr + b) + t, tl.load(lengths_ptr + b), S)
     n_visible = tl.where(t < L, n_visible, 0)

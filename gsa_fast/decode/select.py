@@ -1,6 +1,7 @@
 """Exact top k_t of a row of scores, by many programs.
 
-1. A program per row takes k_t (Eq. 8) and a bound that at least κ scores reach: the κ-th best of the groups' best.
+1. k_t (Eq. 8) and a bound that at least κ scores reach: about the κ-th best of the groups' best. Every program of a
+   row finds them itself, or, where rows are many, a program per row does.
 2. Shards of a row write what reaches the bound, their candidates; the shard that comes last picks the κ best of them.
 
 The order of the list is that of the shards, not of the positions: the attention does not care.
@@ -65,6 +66,17 @@ def select_from_row(
 
 
 @triton.jit
+def count_before(keep):
+    """In a tile [R, C] of 0 and 1, row by row: how many 1 come before each place, and how many there are.
+
+    Rows are scanned apart, because a scan of R · C numbers in one takes many exchanges between warps.
+    """
+    of_row = tl.sum(keep, axis=1)  # [R]
+    before = tl.cumsum(of_row, axis=0) - of_row
+    return before[:, None] + tl.cumsum(keep, axis=1) - keep, tl.sum(of_row, axis=0)
+
+
+@triton.jit
 def write_candidates(
     p_keys, p_words, shard, kappa, groups, n_visible, low,
     MEMBERS: tl.constexpr, SHARDS: tl.constexpr, SEGMENT: tl.constexpr, BLOCK: tl.constexpr,
@@ -74,20 +86,23 @@ def write_candidates(
     Neighbouring positions belong to neighbouring groups, so that a run of selected ones spreads over all shards.
     """
     n_groups = tl.cdiv(tl.maximum(tl.minimum(groups, n_visible) - shard, 0), SHARDS)
-    end = tl.where(kappa > 0, n_groups * MEMBERS, 0)
+    end = tl.where(kappa > 0, n_groups, 0)
     written = 0
-    for first in range(0, end, BLOCK):
-        i = first + tl.arange(0, BLOCK)
-        group = shard + SHARDS * (i // MEMBERS)
-        position = i % MEMBERS * groups + group
+    ROWS: tl.constexpr = BLOCK // MEMBERS
+    member = tl.arange(0, MEMBERS)[None, :]
+    for first in range(0, end, ROWS):
+        i = first + tl.arange(0, ROWS)[:, None]
+        group = shard + SHARDS * i
+        position = member * groups + group  # [ROWS, MEMBERS]
         inside = (i < end) & (position < n_visible)
-        key = tl.load(p_keys + group.to(tl.int64) * MEMBERS + i % MEMBERS, mask=inside, other=MASKED_KEY)
+        key = tl.load(p_keys + group.to(tl.int64) * MEMBERS + member, mask=inside, other=MASKED_KEY)
         keep = (key >= low).to(tl.int32)
-        slot = written + tl.cumsum(keep, axis=0) - keep
+        before, size = count_before(keep)
+        slot = written + before
         fits = (keep == 1) & (slot < SEGMENT)
         store_where(p_words, 2 * slot, position, fits)
         store_where(p_words, 2 * slot + 1, key, fits)
-        written += tl.sum(keep, axis=0)
+        written += size
     unused = tl.arange(0, SEGMENT)
     tl.store(p_words + 2 * unused + 1, tl.full([SEGMENT], MASKED_KEY, tl.int32), mask=unused >= written)
     return written
@@ -95,77 +110,101 @@ def write_candidates(
 
 @triton.jit
 def select_from_candidates(
-    p_words, p_indices, kappa, low, SHARDS: tl.constexpr, SEGMENT: tl.constexpr, USED: tl.constexpr
+    p_words, p_indices, total, kappa, low, SHARDS: tl.constexpr, SEGMENT: tl.constexpr, USED: tl.constexpr
 ):  # fmt: skip
-    """The κ ≥ 1 best candidates of a row, all of them ≥ low, at least κ, in the first USED places of each segment.
+    """The κ ≥ 1 best of the `total` ≥ κ candidates of a row, all ≥ low, in the first USED places of each segment.
 
     Other programs wrote them, so that the first-level cache, which belongs to a multiprocessor, is passed by (.cg).
     """
+    COLUMNS: tl.constexpr = 8 if USED >= 8 else USED
     slot = tl.arange(0, SHARDS * USED)
     place = 2 * (slot // USED * SEGMENT + slot % USED)
     key = tl.load(p_words + place + 1, cache_modifier=".cg")  # [SHARDS · USED]
-    low = threshold_key(key, low, tl.max(key, axis=0), kappa)
+    position = tl.load(p_words + place, cache_modifier=".cg")
+    low = threshold_key(key, low, total, tl.max(key, axis=0), kappa)
     greater = key > low
     equal = key == low
-    ties_wanted = kappa - tl.sum(greater.to(tl.int32), axis=0)
+    both = tl.sum((equal.to(tl.int32) << 16) + greater.to(tl.int32), axis=0)  # two counts in one sum
+    ties = both >> 16
+    ties_wanted = kappa - (both & 0xFFFF)
     last_tie = 0x7FFFFFFF
-    position = tl.load(p_words + place, mask=greater | equal, other=0, cache_modifier=".cg")
-    if tl.sum(equal.to(tl.int32), axis=0) > ties_wanted:  # the lowest positions come first
+    if ties > ties_wanted:  # the lowest positions come first
         mirrored = tl.where(equal, last_tie - position, -1)
         nearest = tl.max(tl.where(equal, position, 0), axis=0)
-        last_tie -= threshold_key(mirrored, last_tie - nearest, tl.max(mirrored, axis=0), ties_wanted)
+        last_tie -= threshold_key(mirrored, last_tie - nearest, ties, tl.max(mirrored, axis=0), ties_wanted)
     take = (greater | (equal & (position <= last_tie))).to(tl.int32)
-    store_where(p_indices, tl.cumsum(take, axis=0) - take, position, take == 1)
+    before, _ = count_before(tl.reshape(take, [SHARDS * USED // COLUMNS, COLUMNS]))
+    store_where(p_indices, tl.reshape(before, [SHARDS * USED]), position, take == 1)
+
+
+@triton.jit
+def bound_of_row(
+    p_best, p_statistics, mean_variance, n_visible, K, groups, tiles, k_base, k_min, k_max,
+    RULE: tl.constexpr, GROUPS: tl.constexpr, BLOCK_G: tl.constexpr, BLOCK_T: tl.constexpr,
+):  # fmt: skip
+    """(variance of a row, κ = k_t (Eq. 8), a key that at least κ of its keys reach)."""
+    group = tl.arange(0, GROUPS)
+    n_groups = tl.minimum(n_visible, groups)
+    best = tl.load(p_best + group, mask=group < n_groups, other=MASKED_KEY)  # [GROUPS]
+    variance = row_variance_from_tiles(p_statistics, tiles, tl.cdiv(n_groups, BLOCK_G), BLOCK_T)
+    k = budget_from_variance(variance, mean_variance, n_visible, k_base, k_min, k_max, RULE)
+    kappa = tl.minimum(tl.maximum(k, 0), K)
+    low = NAN_KEY + 0  # with fewer groups than κ, every key is a candidate
+    if (kappa > 0) & (n_groups > kappa):
+        # Smallest and largest in one exchange between warps.
+        ends = tl.max(tl.join(best, tl.where(group < n_groups, -best, -0x7F800000)), axis=0)
+        largest, smallest = tl.split(ends)
+        low = threshold_key(best, -smallest, n_groups, largest, kappa, kappa // 16)  # a few more do no harm
+    return variance, kappa, low
 
 
 @triton.jit
 def decode_threshold_kernel(
-    best_ptr, statistics_ptr, mean_variance_ptr, start_ptr, lengths_ptr,
-    low_ptr, counts_ptr, variance_ptr, arrived_ptr,
-    L, S, K, H_kv, groups, tiles, k_base, k_min, k_max,
-    RULE: tl.constexpr, GROUPS: tl.constexpr, BLOCK_G: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_H: tl.constexpr,
+    best_ptr, statistics_ptr, mean_variance_ptr, start_ptr, lengths_ptr, low_ptr, counts_ptr, variance_ptr,
+    L, S, K, groups, tiles, k_base, k_min, k_max,
+    RULE: tl.constexpr, GROUPS: tl.constexpr, BLOCK_G: tl.constexpr, BLOCK_T: tl.constexpr,
 ):  # fmt: skip
-    """One program per row: variance, κ = k_t (Eq. 8), and a key that at least κ keys reach.
-
-    It also sets to 0 what the programs of the other kernels count: those that have arrived, per row and head.
-    """
+    """One program per row: `bound_of_row`."""
     row = tl.program_id(0).to(tl.int64)
     b, t = row // L, (row % L).to(tl.int32)
-    group = tl.arange(0, GROUPS)
     n_visible = count_visible(tl.load(start_ptr + b) + t, tl.load(lengths_ptr + b), S)
-    n_groups = tl.minimum(n_visible, groups)
-    best = tl.load(best_ptr + row * groups + group, mask=group < n_groups, other=MASKED_KEY)  # [GROUPS]
-    p_statistics = statistics_ptr + row * 3 * tiles
-    variance = row_variance_from_tiles(p_statistics, tiles, tl.cdiv(n_groups, BLOCK_G), BLOCK_T)
-    k = budget_from_variance(variance, tl.load(mean_variance_ptr), n_visible, k_base, k_min, k_max, RULE)
-    kappa = tl.minimum(tl.maximum(k, 0), K)
+    variance, kappa, low = bound_of_row(
+        best_ptr + row * groups, statistics_ptr + row * 3 * tiles, tl.load(mean_variance_ptr), n_visible,
+        K, groups, tiles, k_base, k_min, k_max, RULE, GROUPS, BLOCK_G, BLOCK_T,
+    )  # fmt: skip
     tl.store(counts_ptr + row, kappa)
     tl.store(variance_ptr + row, variance)
-    counter = tl.arange(0, BLOCK_H)
-    tl.store(arrived_ptr + row * (H_kv + 1) + counter, tl.zeros([BLOCK_H], tl.int32), mask=counter <= H_kv)
-    low = NAN_KEY + 0  # with fewer groups than κ, every key is a candidate
-    if (kappa > 0) & (n_groups > kappa):
-        smallest = tl.min(tl.where(group < n_groups, best, 0x7F800000), axis=0)
-        low = threshold_key(best, smallest, tl.max(best, axis=0), kappa)
     tl.store(low_ptr + row, low)
 
 
 @triton.jit
 def decode_select_kernel(
-    keys_ptr, start_ptr, lengths_ptr, low_ptr, counts_ptr, entries_ptr, sizes_ptr, indices_ptr, arrived_ptr,
-    L, S, K, H_kv, groups,
+    keys_ptr, best_ptr, statistics_ptr, mean_variance_ptr, start_ptr, lengths_ptr,
+    low_ptr, counts_ptr, variance_ptr, entries_ptr, sizes_ptr, indices_ptr, arrived_ptr,
+    L, S, K, H_kv, groups, tiles, k_base, k_min, k_max,
+    RULE: tl.constexpr, GROUPS: tl.constexpr, BLOCK_G: tl.constexpr, BLOCK_T: tl.constexpr, BOUNDS: tl.constexpr,
     MEMBERS: tl.constexpr, SHARDS: tl.constexpr, SEGMENT: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """One program per row and shard: its candidates; the last one of a row picks the κ best of all shards'.
 
-    In an order that depends on nothing else, whoever is last.
+    In an order that depends on nothing else, whoever is last. With BOUNDS every program finds the row's bound, which
+    is sooner than to wait for one that does.
     """
     shard = (tl.program_id(0) % SHARDS).to(tl.int32)
     row = tl.program_id(0).to(tl.int64) // SHARDS
     b, t = row // L, (row % L).to(tl.int32)
     n_visible = count_visible(tl.load(start_ptr + b) + t, tl.load(lengths_ptr + b), S)
-    kappa = tl.load(counts_ptr + row)
-    low = tl.load(low_ptr + row)
+    if BOUNDS:
+        variance, kappa, low = bound_of_row(
+            best_ptr + row * groups, statistics_ptr + row * 3 * tiles, tl.load(mean_variance_ptr), n_visible,
+            K, groups, tiles, k_base, k_min, k_max, RULE, GROUPS, BLOCK_G, BLOCK_T,
+        )  # fmt: skip
+        if shard == 0:
+            tl.store(counts_ptr + row, kappa)
+            tl.store(variance_ptr + row, variance)
+    else:
+        kappa = tl.load(counts_ptr + row)
+        low = tl.load(low_ptr + row)
     p_keys = keys_ptr + row * groups * MEMBERS
     p_indices = indices_ptr + row * K
     p_words = entries_ptr + row * (2 * SHARDS * SEGMENT)  # of a candidate: its position, its key
@@ -179,10 +218,11 @@ def decode_select_kernel(
     tl.debug_barrier()  # the stores of all threads come before the arrival, which one thread announces
     arrived = tl.atomic_add(arrived_ptr + row * (H_kv + 1) + H_kv, 1, sem="acq_rel", scope="gpu")
     if (arrived == SHARDS - 1) & (kappa > 0):
-        most = tl.max(tl.load(p_sizes + tl.arange(0, SHARDS), cache_modifier=".cg"), axis=0)
+        sizes = tl.load(p_sizes + tl.arange(0, SHARDS), cache_modifier=".cg")
+        most, total = tl.max(sizes, axis=0), tl.sum(sizes, axis=0)
         if most <= SEGMENT // 2:
-            select_from_candidates(p_words, p_indices, kappa, low, SHARDS, SEGMENT, SEGMENT // 2)
+            select_from_candidates(p_words, p_indices, total, kappa, low, SHARDS, SEGMENT, SEGMENT // 2)
         elif most <= SEGMENT:
-            select_from_candidates(p_words, p_indices, kappa, low, SHARDS, SEGMENT, SEGMENT)
+            select_from_candidates(p_words, p_indices, total, kappa, low, SHARDS, SEGMENT, SEGMENT)
         else:  # many equal scores
             select_from_row(p_keys, p_indices, groups, n_visible, kappa, low, MEMBERS, BLOCK)

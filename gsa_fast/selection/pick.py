@@ -9,20 +9,19 @@ from gsa_fast.selection.rows import select_row
 
 
 @triton.jit
-def threshold_key(key, low, high, wanted):
-    """Some x with count(key ≥ x) = wanted, or, where ties leave none, the wanted-th largest key.
+def threshold_key(key, low, count_low, high, wanted, slack=0):
+    """Some x with wanted ≤ count(key ≥ x) ≤ wanted + slack, or, where ties leave none, the wanted-th largest key.
 
-    low is at or below and high at or above it. Steps interpolate between the counts at both ends, and every other one
-    halves the interval, so that no distribution takes more than 62.
+    low is at or below and high at or above it; count_low keys are ≥ low. Steps interpolate between the counts at both
+    ends, and every third one halves the interval, so that no distribution takes more than 93.
     """
-    count_low = tl.sum((key >= low).to(tl.int32), axis=0)
     count_high = 0  # count(key > high) bounds it from below
-    high = tl.where(count_low == wanted, low, high)
+    high = tl.where(count_low <= wanted + slack, low, high)
     steps = 0
     while low < high:
-        share = (count_low - wanted).to(tl.float32) / (count_low - count_high).to(tl.float32)
+        share = (count_low - wanted - slack // 2).to(tl.float32) / (count_low - count_high).to(tl.float32)
         middle = low + tl.where(
-            (steps & 1) == 1, (high - low + 1) // 2, (share * (high - low).to(tl.float32)).to(tl.int32)
+            steps % 3 == 2, (high - low + 1) // 2, (share * (high - low).to(tl.float32)).to(tl.int32)
         )
         middle = tl.minimum(tl.maximum(middle, low + 1), high)
         steps += 1
@@ -30,7 +29,7 @@ def threshold_key(key, low, high, wanted):
         reached = count >= wanted
         low = tl.where(reached, middle, low)
         count_low = tl.where(reached, count, count_low)
-        high = tl.where(count == wanted, middle, tl.where(reached, high, middle - 1))
+        high = tl.where(reached & (count <= wanted + slack), middle, tl.where(reached, high, middle - 1))
         count_high = tl.where(reached, count_high, count)
     return low
 
@@ -65,7 +64,7 @@ def select_from_shortlist(
     place, size = entry_places(p_sizes, splits, segment, CAPACITY)
     key = tl.load(p_words + 2 * place + 1, mask=slot < size, other=-1)
     low = tl.min(tl.where(key >= 0, key, 0x7F800000), axis=0)
-    low = threshold_key(key, low, tl.max(key, axis=0), kappa)
+    low = threshold_key(key, low, tl.sum((key >= low).to(tl.int32), axis=0), tl.max(key, axis=0), kappa)
     greater = (key > low).to(tl.int32)
     equal = (key == low).to(tl.int32)
     ties_wanted = kappa - tl.sum(greater, axis=0)

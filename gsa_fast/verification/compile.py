@@ -193,11 +193,12 @@ def decode_calls(
     ):
         for d_h in head_widths if S == 4096 else head_widths[:1]:
             for H, H_kv in heads if S == 4096 else heads[:1]:
-                q, k = torch.zeros(1, L, H, d_h, dtype=dtype), torch.empty(1, S, H_kv, d_h, dtype=dtype)
-                q_idx, k_idx = torch.zeros(1, L, H_I, d_I, dtype=dtype), torch.empty(1, S, d_I, dtype=dtype)
+                B = 1 if L == 1 else 2  # so few rows that each finds its own bound, and more
+                q, k = torch.zeros(B, L, H, d_h, dtype=dtype), torch.empty(B, S, H_kv, d_h, dtype=dtype)
+                q_idx, k_idx = torch.zeros(B, L, H_I, d_I, dtype=dtype), torch.empty(B, S, d_I, dtype=dtype)
                 yield partial(
                     gsa_fast.decode_attention,
-                    *(q, k, k, q_idx, k_idx, torch.zeros(1, L, H_I, dtype=dtype), torch.zeros(H_I)),
+                    *(q, k, k, q_idx, k_idx, torch.zeros(B, L, H_I, dtype=dtype), torch.zeros(H_I)),
                     mean_variance=0.1,
                     config=GSAConfig(k_base=256, k_min=64, k_max=k_max, H_I=H_I, d_I=d_I),
                     start=S - L,

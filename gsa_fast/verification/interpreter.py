@@ -79,6 +79,7 @@ def small_tiles(width: int = 16) -> Iterator[None]:
             (decode, "LARGEST_GROUPS", width),
             (decode, "segment_of", lambda K, shards: 8),
             (decode, "MAX_SHARDS", 4),
+            (decode, "BOUND_ROWS", 2),
             (decode, "BLOCK_SCORES", width),
             (decode, "MAX_MEMBERS", 2),
             (decode, "BLOCK_SELECT", width),

@@ -29,6 +29,7 @@ from tests.fast.test_streamed import PATTERNS, configuration, inputs
 LIMITS = Limits(B=2, L=3, S=40, heads=2, group=3, width=24)
 CASES = decode_cases("float32", LIMITS)
 RULES = st.sampled_from(("proportional", "inverse", "fixed"))
+NEEDS_CUDA = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 
 
 def arguments_of(case: DecodeCase, device: str) -> dict[str, Any]:
@@ -248,11 +249,12 @@ def test_every_sequence_has_its_own_length_from_empty_to_full(tiles, device):
 @examples(6)
 @given(CASES)
 def test_a_sequence_alone_gives_the_same_bits(device, case):
-    """Property 6."""
+    """Property 6. Here the batch has more rows than find their bounds in `decode_select_kernel`."""
     arguments = arguments_of(case, device)
-    together = run_case(case, arguments)
-    for b in range(case.B):
-        one = run_case(case, alone(arguments, b))
+    with mock.patch.object(decode, "BOUND_ROWS", case.L):
+        together = run_case(case, arguments)
+        each = [run_case(case, alone(arguments, b)) for b in range(case.B)]
+    for b, one in enumerate(each):
         assert same(one[:3], [x[b : b + 1] for x in together[:3]])
         assert same(one.selection, [x[b : b + 1] for x in together.selection])
 
@@ -505,7 +507,7 @@ def test_a_compiled_decode_step_equals_the_eager_one_bitwise(device):
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@NEEDS_CUDA
 def test_a_cuda_graph_replays_with_other_lengths():
     arguments = attended(inputs("random", "cuda", B=2, n=2, n_keys=3000), "cuda", d_h=64)
     config = configuration(arguments, k_base=200, k_max=400)
@@ -525,8 +527,9 @@ def test_a_cuda_graph_replays_with_other_lengths():
         assert same(captured, step())
 
 
-def test_splits_depend_on_nothing_but_shapes(device):
-    """The grids of all four kernels for two contents of `start` and `lengths`."""
+@pytest.mark.parametrize(("bound_rows", "launches"), [(2, 3), (1, 4)])
+def test_splits_depend_on_nothing_but_shapes(bound_rows, launches, device):
+    """The grids of all kernels for two contents of `start` and `lengths`."""
     arguments = attended(inputs("random", device, B=2, n=1, n_keys=40), device)
     config, grids = configuration(arguments), []
     for lengths in ([40, 40], [3, 0]):
@@ -534,6 +537,7 @@ def test_splits_depend_on_nothing_but_shapes(device):
         arguments |= {"start": int32(lengths, device) - 1, "lengths": int32(lengths, device)}
         arguments["start"].clamp_(min=0)
         with ExitStack() as stack:
+            stack.enter_context(mock.patch.object(decode, "BOUND_ROWS", bound_rows))
             for name in (
                 "decode_scores_kernel", "decode_threshold_kernel", "decode_select_kernel", "decode_attend_kernel"
             ):  # fmt: skip
@@ -546,4 +550,16 @@ def test_splits_depend_on_nothing_but_shapes(device):
             gsa_fast.decode_attention(**arguments, mean_variance=0.0, config=config, impl="triton")
         grids.append(seen)
     assert grids[0] == grids[1]
-    assert len(grids[0]) == 4
+    assert len(grids[0]) == launches
+
+
+@pytest.mark.parametrize("n_keys", [70, pytest.param(20000, marks=(pytest.mark.gpu, NEEDS_CUDA))])
+def test_bounds_in_a_kernel_of_their_own_change_no_bit(n_keys, device):
+    """Many rows take another way than few; a row alone must not differ from the same row among many."""
+    arguments = attended(inputs("random", device, B=2, n=2, n_keys=n_keys), device)
+    results = []
+    for rows in (0, 4):
+        with mock.patch.object(decode, "BOUND_ROWS", rows):
+            results.append(assert_exact(arguments, configuration(arguments), 0.01)[1])
+    assert same(results[0][:3], results[1][:3])
+    assert same(results[0].selection, results[1].selection)
