@@ -108,7 +108,7 @@ def attention_work(L: int, config: GSAConfig, *, mean_k: float, union: float, ou
 
 
 def attention_backward_work(L: int, config: GSAConfig, *, mean_k: float, union: float, deterministic: bool) -> Work:
-    """The tiles of `attention_work` again: five products instead of two, 10·d_h·B·H·U operations, and K and V once more.
+    """The tiles of `attention_work`, with five products instead of two, 10·d_h·B·H·U operations, and K and V again.
 
     What a tile gives to dk and dv, 2·d_h·H_kv·U numbers, is added in float32 in L2; or, in a fixed order, stored in 16
     bits and read once to be summed. From memory once: q, do, the output gate's logits, dout and the output; their
