@@ -374,8 +374,15 @@ def with_records(tmp_path: Path) -> Path:
           (("gsa_fast", "exact"), ("cudnn", None))),
         step("cudnn", 0.6, 1, L=2, note="without a mask"),
     ]  # fmt: skip
+    train = [
+        timed("forward_backward", ms, 32768, **{"impl": impl, "selection": selection}) | {"suite": "train"}
+        for impl, selection, ms in (
+            ("cudnn", None, 50.0), ("gsa_fast", "random", 100.0), ("gsa_fast atomic", "random", 20.0)
+        )
+    ]  # fmt: skip
     for path, content in (
         (speed.PREFILL, prefill),
+        (speed.TRAIN, train),
         (speed.DECODE, decode),
         (speed.LONG, [verified]),
         (speed.TRIED, [idea]),
@@ -412,6 +419,11 @@ def test_speed_tables_show_the_records(with_records: Path):
     assert "| 8 | 1 | 1 | 3,072 |" in show["prefill_memory"]
     assert "| attention | flash | – | 128K | 8 | failed: out of memory |" in show["prefill_missing"]
     assert "- ceilings: copy 4.5 TB/s" in show["decode_setup"]
+    assert "| selection | by | dk, dv | 32K, H_kv 8 |" in show["train_times"]
+    assert "| random | gsa_fast | in order | 100\u00a0ms (2) |" in show["train_times"]
+    assert "| random | gsa_fast | atomic | 20\u00a0ms (0.4) |" in show["train_times"]
+    assert "| dense | flash | – | – |" in show["train_times"]
+    assert "| random | atomic | 1 (25%) |" in show["train_memory"]
     assert "| H_kv | queries | keys | by | B = 1 | B = 32 |" in show["decode_speedup"]
     assert "| 8 | 1 | 8K | decode kernels | 0.25 (1\u00a0ms) | – |" in show["decode_speedup"]
     assert "| 8 | 1 | 128K | decode kernels | 10 (0.05\u00a0ms) | 4 (4\u00a0ms) |" in show["decode_speedup"]
@@ -449,12 +461,18 @@ def test_a_speed_record_that_lacks_a_field_or_is_no_list_is_an_error(with_record
         speed.prefill_speedup(with_records)
 
 
-@pytest.mark.parametrize("name", ["PREFILL", "DECODE", "LONG", "TRIED"])
+@pytest.mark.parametrize("name", ["PREFILL", "DECODE", "TRAIN", "LONG", "TRIED"])
 def test_stored_speed_records_have_the_expected_form(name: str):
     path = getattr(speed, name)
     if not (ROOT / path).is_file():
         pytest.skip("no record is stored")
-    wanted = {"PREFILL": "prefill_", "DECODE": "decode_", "LONG": "long_verification", "TRIED": "tried"}[name]
+    wanted = {
+        "PREFILL": "prefill_",
+        "DECODE": "decode_",
+        "TRAIN": "train_",
+        "LONG": "long_verification",
+        "TRIED": "tried",
+    }[name]
     for directive, make in speed.DIRECTIVES.items():
         if directive.startswith(wanted):
             assert make(ROOT), directive

@@ -8,12 +8,14 @@ from typing import Any
 RESULTS = "benchmarks/results/h200"
 PREFILL = f"{RESULTS}/prefill.json"
 DECODE = f"{RESULTS}/decode.json"
+TRAIN = f"{RESULTS}/train.json"
 LONG = f"{RESULTS}/long_verification.json"
 TRIED = f"{RESULTS}/tried.json"
 PREFILL_PICTURE = "figures/performance_speedup"
 DECODE_PICTURE = "figures/performance_decode"
 K_BASE = 2048  # the budget of every table but the one over budgets
 FUSED, GENERAL = "gsa_fast", "gsa_fast_general"
+IN_ORDER, ATOMIC = "gsa_fast", "gsa_fast atomic"
 STAGES = ("indexer", "indexed_selection", "gates", "attention", "whole")
 
 Record = dict[str, Any]
@@ -433,6 +435,66 @@ def decode_missing(root: Path) -> str:
     return table(["H_kv", "queries", "keys", "B", "by", "why"], rows, left=6)
 
 
+class Train:
+    """The records of forward and backward passes, by what they measure."""
+
+    def __init__(self, root: Path) -> None:
+        self.all = load(root, TRAIN)
+        cases = [r for r in self.all if r["case"] == "forward_backward"]
+        self.records = {(r["shape"]["L"], r["shape"]["H_kv"], r["selection"], r["impl"]): r for r in cases}
+        self.sizes = sorted({(L, H_kv) for L, H_kv, _, _ in self.records})
+        self.selections = list(dict.fromkeys(name for _, _, name, _ in self.records if name))
+
+    def median(self, size: tuple[int, int], selection: str | None, impl: str) -> float | None:
+        return median(self.records.get((*size, selection, impl)))
+
+
+def train_setup(root: Path) -> str:
+    """`{{ train_setup }}`: device, versions, ceilings and the commands that wrote the records."""
+    return setup(TRAIN, Train(root).all)
+
+
+def train_times(root: Path) -> str:
+    """`{{ train_times }}`: milliseconds of a forward and a backward pass, and their ratio to those of cuDNN."""
+    train = Train(root)
+    if not train.all:
+        return missing(TRAIN)
+
+    def cell(size: tuple[int, int], name: str | None, impl: str) -> str:
+        ours, dense = train.median(size, name, impl), train.median(size, None, "cudnn")
+        if ours is None:
+            return "–"
+        return f"{figure(ours)}\u00a0ms" + (f" ({figure(ours / dense, 2)})" if dense else "")
+
+    ways = {IN_ORDER: "in order", ATOMIC: "atomic"}
+    lines = [(None, impl, impl, "–") for impl in ("cudnn", "flash")]
+    lines += [(name, impl, "gsa_fast", way) for name in train.selections for impl, way in ways.items()]
+    rows = [
+        [(name or "dense").replace(" ", "\u00a0"), by, way, *(cell(size, name, impl) for size in train.sizes)]
+        for name, impl, by, way in lines
+    ]
+    header = ["selection", "by", "dk, dv", *(f"{length(L)}, H_kv {H_kv}" for L, H_kv in train.sizes)]
+    return table(header, rows, left=3)
+
+
+def train_memory(root: Path) -> str:
+    """`{{ train_memory }}`: peak memory beyond inputs and gradients, in MiB, and the share of the roofline."""
+    train = Train(root)
+    if not train.all:
+        return missing(TRAIN)
+    rows = []
+    for name in train.selections:
+        for impl, way in ((IN_ORDER, "in order"), (ATOMIC, "atomic")):
+            found = [train.records.get((*size, name, impl)) for size in train.sizes]
+            cells = [
+                f"{r['peak_bytes'] / 2**20:.0f} ({percent(r['share_of_roofline'])})" if r and r["ms"] else "–"
+                for r in found
+            ]
+            rows.append([name.replace(" ", "\u00a0"), way, *cells])
+    header = ["selection", "dk, dv", *(f"{length(L)}, H_kv {H_kv}" for L, H_kv in train.sizes)]
+    return table(header, rows, left=2)
+
+
 def long_verification(root: Path) -> str:
     """`{{ long_verification }}`: the stored results of `python -m gsa_fast verify --length`."""
     found = load(root, LONG)
@@ -492,6 +554,6 @@ DIRECTIVES = {
         prefill_setup, prefill_picture, prefill_speedup, prefill_lengths, prefill_roofline, prefill_crossover,
         prefill_methods, prefill_budgets, prefill_memory, prefill_missing,
         decode_setup, decode_picture, decode_speedup, decode_dense, decode_roofline, decode_kernels, decode_losses,
-        decode_missing, long_verification, tried,
+        decode_missing, train_setup, train_times, train_memory, long_verification, tried,
     )
 }  # fmt: skip
