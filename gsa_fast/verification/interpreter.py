@@ -8,11 +8,12 @@ from unittest import mock
 
 import torch
 
-from gsa_fast import attention, budget, decode, indexer, selection
+from gsa_fast import attention, budget, decode, indexer, selection, training
 from gsa_fast._backend import INTERPRETED
 from gsa_fast.attention import bits, gather, masked, union
 from gsa_fast.selection import streamed
 from gsa_fast.selection.streamed import launch_thresholds
+from gsa_fast.training import chain, student, teacher
 
 
 def enable_interpreter_checks() -> None:
@@ -93,6 +94,9 @@ def small_tiles(width: int = 16) -> Iterator[None]:
             (masked, "BLOCKS_AT_A_TIME", 1),
             (masked, "keys_per_block", lambda block_d, dtype: 128 // dtype.itemsize),
             (union, "keys_per_block", lambda block_d, dtype: 32),
+            (training, "CHUNK_BYTES", 400 * width),
+            *((module, "block_k", lambda block_d, dtype: width) for module in (teacher, student)),
+            *((module, "tile_rows", lambda width_, dtype: width) for module in (teacher, student, chain)),
         ):
             stack.enter_context(mock.patch.object(module, name, value))
         yield
