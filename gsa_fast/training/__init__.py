@@ -48,6 +48,7 @@ def _indexer_kl_loss(
             gradient.zero_()
         return q_idx.new_zeros((), dtype=torch.float32), *gradients
     indexer = q_idx, k_idx, head_logits, bias
+    sparse = indices is not None
 
     def empty(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
         return torch.empty(shape, dtype=dtype, device=q_idx.device)
@@ -56,7 +57,7 @@ def _indexer_kl_loss(
     q_gradient, k_gradient, weight_gradient, _ = gradients
     row_gradients = (q_gradient, weight_gradient, empty(B, L, H_I)) if needs_grad else None
     k_gradient.zero_()
-    if indices is not None:
+    if sparse:
         valid = empty(B, L, dtype=torch.int32)
     else:
         position = start[:, None] + torch.arange(L, device=q_idx.device)
@@ -67,6 +68,8 @@ def _indexer_kl_loss(
     if rows > 64:
         rows -= rows % 64  # whole tiles, and few specialisations
     score_buffer = empty(B * rows * S) if needs_grad else None
+    if score_buffer is not None and sparse:
+        score_buffer.zero_()  # once: a chunk clears what it wrote
     slot_buffer = empty(B * rows * K)
     for first_row in range(0, L, rows):
         n = min(rows, L - first_row)
@@ -74,8 +77,6 @@ def _indexer_kl_loss(
         if indices is not None and counts is not None:
             p = slot_buffer[: B * n * K].view(B, n, K)
             launch_selected_teacher(q, k, indices, counts, start, lengths, scale, first_row, lse, p)
-            if score_gradient is not None:
-                score_gradient.zero_()
             launch_selected_divergence(
                 *indexer, indices, counts, start, lengths, p, H, indexer_scale, temperature, first_row,
                 kl, valid, score_gradient, row_gradients,
@@ -92,7 +93,7 @@ def _indexer_kl_loss(
                     *indexer, start, lengths, indexer_scale, first_row, score_gradient, row_gradients
                 )
         if score_gradient is not None:
-            launch_key_gradients(*indexer, start, lengths, indexer_scale, first_row, score_gradient, k_gradient)
+            launch_key_gradients(*indexer, start, lengths, indexer_scale, first_row, score_gradient, sparse, k_gradient)
 
     n_rows = valid.sum().clamp(min=1)
     loss = (kl.where(valid != 0, 0).sum(dtype=torch.float64) / n_rows).float()

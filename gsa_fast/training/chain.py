@@ -77,11 +77,12 @@ def key_gradients_kernel(
     stride_qb, stride_ql, stride_qh, stride_qd, stride_kb, stride_ks, stride_kd,
     stride_wb, stride_wl, stride_wh, stride_bias,
     first_row, rows, S, H_I, scale,
-    d_I: tl.constexpr, BLOCK_L: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_I: tl.constexpr,
+    d_I: tl.constexpr, BLOCK_L: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_I: tl.constexpr, CLEAR: tl.constexpr,
 ):  # fmt: skip
     """Add to the gradient of BLOCK_S keys what the queries of a chunk give. Chunks come one after another.
 
-    ∂L/∂I is 0 where a query did not select a visible key: such a pair counts as nothing, even if z is NaN.
+    ∂L/∂I is 0 where a query did not select a visible key: such a pair counts as nothing, even if z is NaN. With CLEAR,
+    ∂L/∂I is 0 everywhere afterwards; this is the only program that reads its columns.
     """
     pid = tl.program_id(0)
     tiles = tl.cdiv(S, BLOCK_S)
@@ -113,6 +114,9 @@ def key_gradients_kernel(
             dz = weight[None, :] * score_gradient * sigmoid * (1.0 - sigmoid)  # [BLOCK_S, BLOCK_L]
             dz = tl.where(score_gradient == 0.0, 0.0, dz)
             k_gradient = dot_in_two(dz * GRADIENT_SCALE, b_q, k_gradient)
+        if CLEAR:
+            tl.debug_barrier()  # every thread has loaded its part of the tile
+            tl.store(p_tile, tl.zeros([BLOCK_S, BLOCK_L], tl.float32), mask=keep)
     p_gradient = k_gradient_ptr + (b * S + s)[:, None] * d_I + c[None, :]
     mask = (s < S)[:, None] & (c < d_I)[None, :]
     before = tl.load(p_gradient, mask=mask, other=0.0)
@@ -156,11 +160,12 @@ def launch_key_gradients(
     scale: float,
     first_row: int,
     score_gradient: Tensor,
+    clear: bool,
     k_gradient: Tensor,
 ) -> None:
     """Add to `k_gradient` [B, S, d_I] (contiguous) what the queries from `first_row` on give, as many as the chunk has.
 
-    `score_gradient` is that of the chunk, [B, rows, S] (contiguous).
+    `score_gradient` is that of the chunk, [B, rows, S] (contiguous). With `clear`, what was used of it is 0 afterwards.
     """
     (B, rows, S), (H_I, d_I) = score_gradient.shape, q_idx.shape[2:]
     block_i = max(16, triton.next_power_of_2(d_I))
@@ -170,5 +175,6 @@ def launch_key_gradients(
         *q_idx.stride(), *k_idx.stride(), *head_logits.stride(), *bias.stride(),
         first_row, rows, S, H_I, scale,
         # Half as many queries as keys: a pair has more numbers to hold than in the other kernels.
-        d_I=d_I, BLOCK_L=max(16, block // 2), BLOCK_S=block, BLOCK_I=block_i, num_warps=warps(q_idx.dtype),
+        d_I=d_I, BLOCK_L=max(16, block // 2), BLOCK_S=block, BLOCK_I=block_i, CLEAR=clear,
+        num_warps=warps(q_idx.dtype),
     )  # fmt: skip
