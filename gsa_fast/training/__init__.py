@@ -93,7 +93,9 @@ def _indexer_kl_loss(
                     *indexer, start, lengths, indexer_scale, first_row, score_gradient, row_gradients
                 )
         if score_gradient is not None:
-            launch_key_gradients(*indexer, start, lengths, indexer_scale, first_row, score_gradient, sparse, k_gradient)
+            launch_key_gradients(
+                *indexer, start, lengths, indexer_scale, first_row, valid, score_gradient, sparse, k_gradient
+            )
 
     n_rows = valid.sum().clamp(min=1)
     loss = (kl.where(valid != 0, 0).sum(dtype=torch.float64) / n_rows).float()

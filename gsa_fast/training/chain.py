@@ -13,6 +13,7 @@ from gsa_fast._primitives import stable_sigmoid
 from gsa_fast.attention.rows import load_rows
 from gsa_fast.training.tiles import (
     GRADIENT_SCALE,
+    count_keys,
     dot_in_two,
     load_index_keys,
     load_weight,
@@ -41,13 +42,15 @@ def query_gradients_kernel(
     inside = row < rows
     t = (first_row + row).to(tl.int64)
     c = tl.arange(0, BLOCK_I).to(tl.int64)
-    q_mask = inside[:, None] & (c < d_I)[None, :]
-    b_q = load_rows(q_ptr, b, t, j, c, q_mask, stride_qb, stride_ql, stride_qh, stride_qd)  # [BLOCK_L, BLOCK_I]
-    weight = load_weight(weight_ptr, b, t, j, inside, stride_wb, stride_wl, stride_wh)
-    bias = tl.load(bias_ptr + j * stride_bias).to(tl.float32)
     start, length = tl.load(start_ptr + b), tl.load(lengths_ptr + b)
     position = start + first_row + row
-    n_keys = tl.minimum(tl.minimum(start + first_row + first + BLOCK_L, length), S)
+    valid = inside & (position < length)  # padding, which may be NaN, is not looked at
+    q_mask = valid[:, None] & (c < d_I)[None, :]
+    b_q = load_rows(q_ptr, b, t, j, c, q_mask, stride_qb, stride_ql, stride_qh, stride_qd)  # [BLOCK_L, BLOCK_I]
+    weight = load_weight(weight_ptr, b, t, j, valid, stride_wb, stride_wl, stride_wh)
+    bias = tl.load(bias_ptr + j * stride_bias).to(tl.float32)
+    begin = start + first_row + first
+    n_keys = count_keys(begin, begin + tl.minimum(BLOCK_L, rows - first), length, S)
     p_row = score_gradient_ptr + (b * rows + row) * S
 
     q_gradient = tl.zeros([BLOCK_L, BLOCK_I], tl.float32)
@@ -66,20 +69,20 @@ def query_gradients_kernel(
         q_gradient = dot_in_two(dz * GRADIENT_SCALE, b_k, q_gradient)
     out = (b * L + t) * H_I + j
     q_gradient = q_gradient * (weight * (scale / GRADIENT_SCALE))[:, None]
-    tl.store(q_gradient_ptr + out[:, None] * d_I + c[None, :], q_gradient, mask=q_mask)
+    tl.store(q_gradient_ptr + out[:, None] * d_I + c[None, :], q_gradient, mask=inside[:, None] & (c < d_I)[None, :])
     tl.store(weight_gradient_ptr + out, weight * (1.0 - weight) * weight_gradient, mask=inside)
     tl.store(bias_gradient_ptr + out, weight * bias_gradient, mask=inside)
 
 
 @triton.jit
 def key_gradients_kernel(
-    q_ptr, k_ptr, weight_ptr, bias_ptr, start_ptr, lengths_ptr, score_gradient_ptr, k_gradient_ptr,
+    q_ptr, k_ptr, weight_ptr, bias_ptr, start_ptr, lengths_ptr, valid_ptr, score_gradient_ptr, k_gradient_ptr,
     stride_qb, stride_ql, stride_qh, stride_qd, stride_kb, stride_ks, stride_kd,
     stride_wb, stride_wl, stride_wh, stride_bias,
-    first_row, rows, S, H_I, scale,
+    first_row, rows, L, S, H_I, scale,
     d_I: tl.constexpr, BLOCK_L: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_I: tl.constexpr, CLEAR: tl.constexpr,
 ):  # fmt: skip
-    """Add to the gradient of BLOCK_S keys what the queries of a chunk give. Chunks come one after another.
+    """Add to the gradient of BLOCK_S keys what the valid queries of a chunk give. Chunks come one after another.
 
     ∂L/∂I is 0 where a query did not select a visible key: such a pair counts as nothing, even if z is NaN. With CLEAR,
     ∂L/∂I is 0 everywhere afterwards; this is the only program that reads its columns.
@@ -104,11 +107,12 @@ def key_gradients_kernel(
         keep = (s[:, None] <= position[None, :]) & (s < S)[:, None] & inside[None, :]
         p_tile = score_gradient_ptr + (b * rows + row)[None, :] * S + s[:, None]
         score_gradient = tl.load(p_tile, mask=keep, other=0.0)  # [BLOCK_S, BLOCK_L]
+        valid = tl.load(valid_ptr + b * L + t, mask=inside, other=0) != 0
         for head in range(H_I):
             j = tl.cast(head, tl.int64)
-            q_mask = inside[:, None] & (c < d_I)[None, :]
+            q_mask = valid[:, None] & (c < d_I)[None, :]
             b_q = load_rows(q_ptr, b, t, j, c, q_mask, stride_qb, stride_ql, stride_qh, stride_qd)
-            weight = load_weight(weight_ptr, b, t, j, inside, stride_wb, stride_wl, stride_wh)
+            weight = load_weight(weight_ptr, b, t, j, valid, stride_wb, stride_wl, stride_wh)
             bias = tl.load(bias_ptr + j * stride_bias).to(tl.float32)
             sigmoid = stable_sigmoid(scale * tl.dot(b_k, tl.trans(b_q), input_precision="ieee") + bias)
             dz = weight[None, :] * score_gradient * sigmoid * (1.0 - sigmoid)  # [BLOCK_S, BLOCK_L]
@@ -159,21 +163,23 @@ def launch_key_gradients(
     lengths: Tensor,
     scale: float,
     first_row: int,
+    valid: Tensor,
     score_gradient: Tensor,
     clear: bool,
     k_gradient: Tensor,
 ) -> None:
     """Add to `k_gradient` [B, S, d_I] (contiguous) what the queries from `first_row` on give, as many as the chunk has.
 
-    `score_gradient` is that of the chunk, [B, rows, S] (contiguous). With `clear`, what was used of it is 0 afterwards.
+    `valid` [B, L] says which rows count. `score_gradient` is that of the chunk, [B, rows, S] (contiguous). With
+    `clear`, what was used of it is 0 afterwards.
     """
-    (B, rows, S), (H_I, d_I) = score_gradient.shape, q_idx.shape[2:]
+    (B, rows, S), (L, H_I, d_I) = score_gradient.shape, q_idx.shape[1:]
     block_i = max(16, triton.next_power_of_2(d_I))
     block = tile_rows(2 * block_i, q_idx.dtype)
     key_gradients_kernel[(triton.cdiv(S, block) * B,)](
-        q_idx, k_idx, head_logits, bias, start, lengths, score_gradient, k_gradient,
+        q_idx, k_idx, head_logits, bias, start, lengths, valid, score_gradient, k_gradient,
         *q_idx.stride(), *k_idx.stride(), *head_logits.stride(), *bias.stride(),
-        first_row, rows, S, H_I, scale,
+        first_row, rows, L, S, H_I, scale,
         # Half as many queries as keys: a pair has more numbers to hold than in the other kernels.
         d_I=d_I, BLOCK_L=max(16, block // 2), BLOCK_S=block, BLOCK_I=block_i, CLEAR=clear,
         num_warps=warps(q_idx.dtype),

@@ -14,6 +14,7 @@ from gsa_fast.attention.rows import LN_2, LOG2_E, load_rows
 from gsa_fast.training.teacher import count_slots, load_slots
 from gsa_fast.training.tiles import (
     GRADIENT_SCALE,
+    count_keys,
     divergence_terms,
     dot_in_two,
     load_index_keys,
@@ -54,7 +55,8 @@ def divergence_kernel(
     s = tile_s * BLOCK_S + tl.arange(0, BLOCK_S)
     start, length = tl.load(start_ptr + b), tl.load(lengths_ptr + b)
     position = start + first_row + row
-    n_keys = tl.minimum(tl.minimum(start + first_row + first + BLOCK_L, length), S)
+    begin = start + first_row + first
+    n_keys = count_keys(begin, begin + tl.minimum(BLOCK_L, rows - first), length, S)
 
     tile_lse = tl.full([BLOCK_L], float("-inf"), tl.float32)
     divergence = tl.zeros([BLOCK_L], tl.float32)
@@ -117,7 +119,8 @@ def score_gradients_kernel(
     t = (first_row + row).to(tl.int64)
     s = tile_s * BLOCK_S + tl.arange(0, BLOCK_S)
     start, length = tl.load(start_ptr + b), tl.load(lengths_ptr + b)
-    n_keys = tl.minimum(tl.minimum(start + first_row + first + BLOCK_L, length), S)
+    begin = start + first_row + first
+    n_keys = count_keys(begin, begin + tl.minimum(BLOCK_L, rows - first), length, S)
     if tile_s * BLOCK_S < n_keys:
         c = tl.arange(0, BLOCK_I).to(tl.int64)
         b_k = load_index_keys(k_idx_ptr, b, s, s < n_keys, c, stride_kb, stride_ks, stride_kd, d_I)
@@ -155,14 +158,14 @@ def selected_divergence_kernel(
     t = first_row + row
     position = tl.load(start_ptr + b) + t
     count = count_slots(counts_ptr, b, t, position, tl.load(lengths_ptr + b), K, stride_cb, stride_cl)
-    j = tl.arange(0, BLOCK_H)  # [BLOCK_H] indexer heads
+    j = tl.arange(0, BLOCK_H).to(tl.int64)  # [BLOCK_H] indexer heads
     c = tl.arange(0, BLOCK_I).to(tl.int64)
     is_head = j < H_I
     q_mask = is_head[:, None] & (c < d_I)[None, :]
-    b_q = load_rows(q_ptr, b, t, j.to(tl.int64), c, q_mask, stride_qb, stride_ql, stride_qh, stride_qd)
+    b_q = load_rows(q_ptr, b, t, j, c, q_mask, stride_qb, stride_ql, stride_qh, stride_qd)
     # What is no head has weight ½ and must not count.
     weight = tl.where(is_head, load_weight(weight_ptr, b, t, j, is_head, stride_wb, stride_wl, stride_wh), 0.0)
-    bias = tl.load(bias_ptr + j.to(tl.int64) * stride_bias, mask=is_head, other=0.0).to(tl.float32)
+    bias = tl.load(bias_ptr + j * stride_bias, mask=is_head, other=0.0).to(tl.float32)
     p_indices = indices_ptr + b * stride_ib + t * stride_il
     p_row = p_ptr + pid * K
 
@@ -198,7 +201,8 @@ def selected_divergence_kernel(
         q_gradient = tl.zeros([BLOCK_H, BLOCK_I], tl.float32)
         weight_gradient = tl.zeros([BLOCK_H, BLOCK_K], tl.float32)
         bias_gradient = tl.zeros([BLOCK_H, BLOCK_K], tl.float32)
-        for first in range(0, count, BLOCK_K):
+        end = tl.where(valid, count, 0)  # a row without a filled slot has no gradient, even if it is NaN
+        for first in range(0, end, BLOCK_K):
             slot = first + tl.arange(0, BLOCK_K)
             s, filled = load_slots(p_indices, slot, stride_ik, count, position, S)
             b_k = load_index_keys(k_ptr, b, s, filled, c, stride_kb, stride_ks, stride_kd, d_I)
@@ -213,6 +217,8 @@ def selected_divergence_kernel(
             weight_gradient += weighted
             bias_gradient += dz
             q_gradient = dot_in_two(dz * GRADIENT_SCALE, b_k, q_gradient)
+        is_used = is_head & (tl.zeros([BLOCK_H], tl.int32) + end > 0)
+        weight = load_weight(weight_ptr, b, t, j, is_used, stride_wb, stride_wl, stride_wh)
         q_gradient = q_gradient * (weight * (scale / GRADIENT_SCALE))[:, None]
         p_gradient = q_gradient_ptr + (out * H_I + j)[:, None] * d_I + c[None, :]
         tl.store(p_gradient, q_gradient, mask=q_mask)

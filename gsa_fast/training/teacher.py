@@ -9,7 +9,7 @@ from torch import Tensor
 
 from gsa_fast.attention.gather import block_k
 from gsa_fast.attention.rows import LN_2, LOG2_E, load_rows
-from gsa_fast.training.tiles import tile_rows, visible_pairs, warps
+from gsa_fast.training.tiles import count_keys, tile_rows, visible_pairs, warps
 
 
 @triton.jit
@@ -43,7 +43,8 @@ def teacher_lse_kernel(
     b_q = load_rows(q_ptr, b, t, head, c, q_mask, stride_qb, stride_ql, stride_qh, stride_qd)  # [BLOCK_L, BLOCK_D]
     start, length = tl.load(start_ptr + b), tl.load(lengths_ptr + b)
     position = start + first_row + row
-    n_keys = tl.minimum(tl.minimum(start + first_row + first + BLOCK_L, length), S)
+    begin = start + first_row + first
+    n_keys = count_keys(begin, begin + tl.minimum(BLOCK_L, rows - first), length, S)
 
     m = tl.full([BLOCK_L], float("-inf"), tl.float32)
     l = tl.zeros([BLOCK_L], tl.float32)

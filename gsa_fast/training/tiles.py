@@ -20,6 +20,12 @@ def visible_pairs(position, length, s, S):
 
 
 @triton.jit
+def count_keys(begin, end, length, S):
+    """How many keys the queries at positions begin to end − 1 see together. No other, which may be NaN, is read."""
+    return tl.where(begin < length, tl.minimum(tl.minimum(end, length), S), 0)
+
+
+@triton.jit
 def load_index_keys(k_ptr, b, s, keep, c, stride_b, stride_s, stride_d, d_I: tl.constexpr):
     """k^I[b, s, :], 0 where not to keep: [BLOCK_S, BLOCK_I]."""
     return tl.load(
