@@ -38,7 +38,9 @@ class GatedSparseAttention(gsa_ref.GatedSparseAttention):
         self._apply_gate = partial(apply_gate, impl=impl)
         self._decode_attention: Callable[..., Any] = partial(decode_attention, impl=impl, sigmoid_mode=sigmoid_mode)
 
-    def _attend(self, *, q: Tensor, cache: GSACache | None, n_new: Tensor, **inputs: Any) -> Tensor:
+    def _attend(
+        self, *, q: Tensor, cache: GSACache | None, n_new: Tensor, **inputs: Any
+    ) -> tuple[Tensor, Tensor | None]:
         decodes = cache is not None and self.config.sparse and q.shape[1] <= MAX_QUERIES
         if not decodes or not use_triton(self.impl, q=q):
             return super()._attend(q=q, cache=cache, n_new=n_new, **inputs)
@@ -47,4 +49,4 @@ class GatedSparseAttention(gsa_ref.GatedSparseAttention):
             q, bias=self.indexer.bias, mean_variance=self.mean_variance, config=self.config, **inputs
         )
         self._add_variance(variance, n_new)
-        return o
+        return o, None

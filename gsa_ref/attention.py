@@ -28,8 +28,8 @@ def sparse_attention(
     o ⊙ σ(output_gate_logits) (Eq. 10) where these are given.
 
     A slot is empty if it lies at or past the row's count, or if its index is outside [0, S) or in the future
-    (above start + t). An unselected key or value changes nothing, whatever it holds; a NaN in a selected one
-    propagates. A row whose slots are all empty gives o = 0 and lse = −inf.
+    (above start + t). An unselected key, value or gate changes nothing, whatever it holds; a NaN in a selected
+    one propagates. A row whose slots are all empty gives o = 0 and lse = −inf.
 
     Args:
         q, k, v: one dtype; the computation runs in it, the softmax in float32 (float64 for float64).
@@ -59,8 +59,6 @@ def sparse_attention(
     )
     (B, L, H, d_h), (S, H_kv) = q.shape, k.shape[1:3]
     scale = d_h**-0.5 if scale is None else scale
-    if value_gate_logits is not None:
-        v = apply_gate(v, value_gate_logits)  # Eq. 9
 
     first = torch.as_tensor(S - L if start is None else start, device=q.device).reshape(-1, 1, 1)
     position = first + torch.arange(L, device=q.device)[:, None]  # [B or 1, L, 1]
@@ -70,10 +68,15 @@ def sparse_attention(
     index = index.masked_fill(~filled, 0)
     row = torch.arange(B, device=q.device)[:, None, None]
     empty_slot = ~filled[..., None, None]
-    if S == 0:  # nothing to gather from: every slot is empty
-        k, v = (x.new_zeros(B, 1, H_kv, d_h) for x in (k, v))
-    k_sel = k[row, index].masked_fill(empty_slot, 0)  # [B, L, K, H_kv, d_h]
-    v_sel = v[row, index].masked_fill(empty_slot, 0)
+
+    def gather(x: Tensor) -> Tensor:
+        if S == 0:  # nothing to gather from: every slot is empty
+            x = x.new_zeros(B, 1, H_kv, d_h)
+        return x[row, index].masked_fill(empty_slot, 0)  # [B, L, K, H_kv, d_h]
+
+    k_sel, v_sel = gather(k), gather(v)
+    if value_gate_logits is not None:
+        v_sel = apply_gate(v_sel, gather(value_gate_logits))  # Eq. 9, once gathered: a NaN elsewhere stays there
 
     q = q.unflatten(2, (H_kv, H // H_kv))  # [B, L, H_kv, G, d_h]
     logits = scale * torch.einsum("blhgd,blshd->blhgs", q, k_sel)

@@ -36,6 +36,7 @@ class GSAConfig:
         gates: second switch: "both", "value" (G2 only), "output" (G1 only) or "none".
         gate_bias_init: initial bias of the gates' projections; 0 starts every gate at σ(0) = 0.5.
         mean_variance_decay: decay of the running mean V̄ per optimiser step.
+        kl_temperature: τ of the indexer's loss, whose student is softmax(I/τ).
 
     Raises:
         TypeError: a field has the wrong type.
@@ -59,6 +60,7 @@ class GSAConfig:
     gates: Literal["both", "value", "output", "none"] = "both"
     gate_bias_init: float = 0.0
     mean_variance_decay: float = 0.99
+    kl_temperature: float = 1.0
 
     def __post_init__(self) -> None:
         for name in ("d", "H", "H_kv", "d_h", "H_I", "d_I"):
@@ -82,6 +84,7 @@ class GSAConfig:
         check_number("mean_variance_decay", self.mean_variance_decay)
         if not 0 <= self.mean_variance_decay < 1:
             raise ValueError(f"mean_variance_decay: expected 0 ≤ decay < 1, got {self.mean_variance_decay}")
+        check_number("kl_temperature", self.kl_temperature, positive=True)
         if self.d_h % 2:
             raise ValueError(f"d_h: expected an even number (RoPE rotates pairs of channels), got {self.d_h}")
         if self.indexer_rope and self.d_I % 2:

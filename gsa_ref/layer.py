@@ -1,13 +1,13 @@
 """The whole layer (Eq. 6): projections, value gate, indexer, selection, sparse SDPA, output gate, output projection."""
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from jaxtyping import Float, Int32
 from torch import Tensor, nn
 
-from gsa_ref._arguments import FLOATING, check_lengths, check_tensor
+from gsa_ref._arguments import FLOATING, check_choice, check_lengths, check_tensor
 from gsa_ref.attention import dense_attention, sparse_attention
 from gsa_ref.cache import GSACache
 from gsa_ref.config import GSAConfig
@@ -15,6 +15,9 @@ from gsa_ref.gates import apply_gate
 from gsa_ref.indexer import LightningIndexer
 from gsa_ref.rope import apply_rope
 from gsa_ref.selection import indexed_selection
+from gsa_ref.training import indexer_kl_loss
+
+PHASES = ("warm_up", "sparse")
 
 
 class GSAOutput(NamedTuple):
@@ -23,13 +26,29 @@ class GSAOutput(NamedTuple):
     Attributes:
         hidden: u, [B, L, d].
         cache: the cache that was passed in, now holding the new tokens too; else None.
-        indexer_loss: None. The indexer's KL losses are not part of this version: until they are, an indexer that is
-            trained through this layer gets no gradient, because nothing flows through the indices of a top-k.
+        indexer_loss: the KL loss of the indexer (Eq. 15) in training mode, a scalar to be added to the loss of the
+            model; None in eval mode, without an indexer, or with a cache.
     """
 
     hidden: Tensor
     cache: GSACache | None
     indexer_loss: Tensor | None
+
+
+@torch.library.custom_op("gsa_ref::add_rows", mutates_args=("total", "count"))
+def _add_rows(total: Tensor, count: Tensor, values: Tensor, valid: Tensor) -> None:
+    """total += Σ values where valid, count += Σ valid, unless a backward pass runs: then it recomputes a forward pass.
+
+    An op of its own, so that a compiled graph asks that question each time it runs.
+    """
+    if torch._C._current_graph_task_id() == -1:
+        total += values.masked_fill(~valid, 0).sum()
+        count += valid.sum()
+
+
+@_add_rows.register_fake
+def _(total: Tensor, count: Tensor, values: Tensor, valid: Tensor) -> None:
+    return None
 
 
 def _is_capturing(x: Tensor) -> bool:
@@ -41,9 +60,21 @@ class GatedSparseAttention(nn.Module):
     """Gated Sparse Attention (Eq. 6), causal, with grouped key/value heads.
 
     The four variants of the paper come from two switches of the config: `sparse` (indexer and selection, or dense
-    attention) and `gates`. The state V̄ of Eq. 8 is the buffer `mean_variance`: in training mode `forward` only adds
-    the rows it sees to a pending sum, and `update_mean_variance` folds that in once per optimiser step, so a row's
-    budget depends neither on its batch neighbours nor on its future.
+    attention) and `gates`.
+
+    In training mode the indexer learns from `GSAOutput.indexer_loss` and from nothing else, and nothing else learns
+    from that loss: the indexer sees h detached, and the attention it is compared with is detached too. `set_phase`
+    chooses between the warm-up and the sparse phase.
+
+    The state V̄ of Eq. 8 is the buffer `mean_variance`: in training mode `forward` only adds the rows it sees to a
+    pending sum, and `update_mean_variance` folds that in once per optimiser step, so a row's budget depends neither on
+    its batch neighbours nor on its future. The pending sum belongs to one process and one step, as gradients do: it is
+    not part of the state, and `DistributedDataParallel`, which sends the buffers of rank 0 to all, leaves it alone.
+
+    Attributes:
+        mean_variance: V̄, a float32 buffer.
+        pending_variance_sum, pending_variance_count: Σ Var(I[t,:]) and number of the rows since the last update.
+        phase: "warm_up" or "sparse", see `set_phase`. Not part of the state.
     """
 
     mean_variance: Tensor
@@ -59,6 +90,8 @@ class GatedSparseAttention(nn.Module):
         self._indexed_selection: Callable[..., Any] = indexed_selection
         self._sparse_attention: Callable[..., Any] = sparse_attention
         self._apply_gate: Callable[..., Any] = apply_gate
+        self._indexer_kl_loss: Callable[..., Any] = indexer_kl_loss
+        self.phase = "sparse"
         self.W_q = nn.Linear(c.d, c.H * c.d_h, bias=False)
         self.W_k = nn.Linear(c.d, c.H_kv * c.d_h, bias=False)
         self.W_v = nn.Linear(c.d, c.H_kv * c.d_h, bias=False)
@@ -72,8 +105,9 @@ class GatedSparseAttention(nn.Module):
         if c.sparse:
             self.indexer = LightningIndexer(c)
             self.register_buffer("mean_variance", torch.zeros((), dtype=torch.float32))
-            self.register_buffer("pending_variance_sum", torch.zeros((), dtype=torch.float32))
-            self.register_buffer("pending_variance_count", torch.zeros((), dtype=torch.int64))
+            # Not buffers: DistributedDataParallel would replace those of every rank by rank 0's at each forward pass.
+            self.pending_variance_sum = torch.zeros((), dtype=torch.float32)
+            self.pending_variance_count = torch.zeros((), dtype=torch.int64)
 
     def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> "GatedSparseAttention":
         # .half() and .to(bfloat16) cast buffers too: V̄ would lose its small steps, so it stays float32.
@@ -83,7 +117,41 @@ class GatedSparseAttention(nn.Module):
             moved = self._buffers[name]
             if moved is not None and moved.dtype != buffer.dtype:
                 self._buffers[name] = buffer.to(moved.device)
+        self._move_pending_rows()
         return self
+
+    def _load_from_state_dict(self, *args: Any) -> None:
+        super()._load_from_state_dict(*args)
+        self._move_pending_rows()  # load_state_dict(assign=True) may have brought V̄ to another device
+
+    def _move_pending_rows(self) -> None:
+        """Keep the pending sums where V̄ is. Sums that come from the meta device, which holds no values, start at 0."""
+        for name in ("pending_variance_sum", "pending_variance_count") if self.config.sparse else ():
+            pending, device = getattr(self, name), self.mean_variance.device
+            setattr(self, name, torch.zeros_like(pending, device=device) if pending.is_meta else pending.to(device))
+
+    def set_phase(self, phase: Literal["warm_up", "sparse"]) -> None:
+        """Choose how the layer trains. A new layer is in the sparse phase; evaluation is the same in both.
+
+        "warm_up": in training mode attention is dense, `indexer_loss` compares the indexer with all of it, and only the
+        indexer's parameters require gradients. "sparse": in training mode attention is sparse, `indexer_loss` compares
+        the indexer with it on the selected tokens, and all parameters require gradients.
+
+        `DistributedDataParallel` notes at its construction which parameters require gradients: call this before, and
+        wrap anew for another phase. `fully_shard` needs nothing of the kind. An optimiser may hold all parameters from
+        the beginning: one without a gradient is not touched.
+
+        Raises:
+            TypeError: phase is not a str.
+            ValueError: another phase, or a warm-up of a layer without an indexer.
+        """
+        check_choice("phase", phase, PHASES)
+        if phase == "warm_up" and not self.config.sparse:
+            raise ValueError('phase: expected "sparse" for a layer without an indexer, got "warm_up"')
+        self.phase = phase
+        self.requires_grad_(phase == "sparse")
+        if self.config.sparse:
+            self.indexer.requires_grad_(True)
 
     def forward(
         self,
@@ -140,7 +208,8 @@ class GatedSparseAttention(nn.Module):
         k = apply_rope(k, start=start, theta=c.rope_theta)
         if c.value_gate:
             v = self._apply_gate(v, self.W_vg(h).unflatten(-1, (c.H_kv, c.d_h)))  # Eq. 9
-        q_idx, k_idx, head_logits = self.indexer(h, start) if c.sparse else (None, None, None)
+        # Detached: what h is made of learns from the loss of the model alone.
+        q_idx, k_idx, head_logits = self.indexer(h.detach(), start) if c.sparse else (None, None, None)
 
         key_lengths = lengths
         if cache is not None:
@@ -148,7 +217,7 @@ class GatedSparseAttention(nn.Module):
             k, v, k_idx, key_lengths = cache.k, cache.v, cache.k_idx, cache.lengths
 
         gate_logits = self.W_og(h).unflatten(-1, (c.H, c.d_h)) if c.output_gate else None
-        o = self._attend(
+        o, indexer_loss = self._attend(
             q=q,
             k=k,
             v=v,
@@ -161,7 +230,7 @@ class GatedSparseAttention(nn.Module):
             n_new=n_new,
             cache=cache,
         )
-        return GSAOutput(self.W_o(o.flatten(2)), cache, None)
+        return GSAOutput(self.W_o(o.flatten(2)), cache, indexer_loss)
 
     def _attend(
         self,
@@ -177,11 +246,13 @@ class GatedSparseAttention(nn.Module):
         lengths: Tensor | None,
         n_new: Tensor,
         cache: GSACache | None,
-    ) -> Tensor:
-        """What lies between the projections: selection, sparse (or dense) SDPA and the output gate. o', [B, L, H, d_h].
+    ) -> tuple[Tensor, Tensor | None]:
+        """What lies between the projections: selection, sparse (or dense) SDPA, the output gate, the indexer's loss.
 
-        With a cache, k, v and k_idx are its whole buffers, of which `cache.longest` tokens at most are in use.
+        Returns o', [B, L, H, d_h], and indexer_loss. With a cache, k, v and k_idx are its whole buffers, of which
+        `cache.longest` tokens at most are in use.
         """
+        c = self.config
         if cache is not None:
             if _is_capturing(q):
                 raise RuntimeError(
@@ -190,32 +261,51 @@ class GatedSparseAttention(nn.Module):
                 )
             k, v = k[:, : cache.longest], v[:, : cache.longest]
             k_idx = None if k_idx is None else k_idx[:, : cache.longest]
-        if not self.config.sparse:
+        selection, lse = None, None
+        if c.sparse:
+            # In the warm-up too, for the sake of V̄: one pass of the indexer beside H heads of dense attention.
+            with torch.no_grad():  # indices carry no gradient, and V̄ is a statistic
+                selection, variance = self._indexed_selection(
+                    q_idx,
+                    k_idx,
+                    head_logits,
+                    self.indexer.bias,
+                    mean_variance=self.mean_variance,
+                    config=c,
+                    start=start,
+                    lengths=lengths,
+                )
+                self._add_variance(variance, n_new)
+        learns = self.training and c.sparse and cache is None
+        if not c.sparse or (learns and self.phase == "warm_up"):
+            selection = None
             o = dense_attention(q, k, v, start=start, lengths=lengths)
-            return o if output_gate_logits is None else self._apply_gate(o, output_gate_logits)  # Eq. 10
-        with torch.no_grad():  # indices carry no gradient, and V̄ is a statistic
-            selection, variance = self._indexed_selection(
-                q_idx,
-                k_idx,
-                head_logits,
-                self.indexer.bias,
-                mean_variance=self.mean_variance,
-                config=self.config,
-                start=start,
-                lengths=lengths,
-            )
-            self._add_variance(variance, n_new)
-        o, _ = self._sparse_attention(q, k, v, selection, start=start, output_gate_logits=output_gate_logits)
-        return o
+            o = o if output_gate_logits is None else self._apply_gate(o, output_gate_logits)  # Eq. 10
+        else:
+            o, lse = self._sparse_attention(q, k, v, selection, start=start, output_gate_logits=output_gate_logits)
+        if not learns:
+            return o, None
+        loss = self._indexer_kl_loss(  # Eq. 15
+            q_idx,
+            k_idx,
+            head_logits,
+            self.indexer.bias,
+            q,
+            k,
+            indexer_scale=c.effective_indexer_scale,
+            selection=selection,
+            lse=lse,
+            temperature=c.kl_temperature,
+            start=start,
+            lengths=lengths,
+        )
+        return o, loss
 
     def _add_variance(self, variance: Tensor, n_new: Tensor) -> None:
         """Add the rows of this forward pass to the pending mean of Eq. 8; never when a checkpoint recomputes it."""
-        # A forward pass that runs inside a backward pass is a recomputation: its rows were counted the first time.
-        if not self.training or (not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1):
-            return
-        valid = torch.arange(variance.shape[1], device=variance.device) < n_new[:, None]
-        self.pending_variance_sum += variance.masked_fill(~valid, 0).sum()
-        self.pending_variance_count += valid.sum()
+        if self.training:
+            valid = torch.arange(variance.shape[1], device=variance.device) < n_new[:, None]
+            _add_rows(self.pending_variance_sum, self.pending_variance_count, variance, valid)
 
     @torch.no_grad()
     def update_mean_variance(self) -> None:

@@ -6,7 +6,7 @@ V is the size of the vocabulary, d_ff the inner width of SwiGLU; the other symbo
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import NamedTuple, cast
+from typing import Literal, NamedTuple, cast
 
 import torch
 from jaxtyping import Float, Int32, Int64
@@ -61,7 +61,8 @@ class ModelOutput(NamedTuple):
     Attributes:
         logits: [B, L, V], for the token after each position; 0 in rows at or past `lengths`.
         caches: the caches that were passed in, now holding the new tokens too; else None.
-        indexer_loss: the sum over the layers, or None if no layer gives one.
+        indexer_loss: the sum over the layers, to be added to the loss of the logits, or None if no layer gives one. The
+            two have no parameter in common: the indexers learn from this one alone, all else from the other alone.
     """
 
     logits: Float[Tensor, "B L V"]
@@ -195,6 +196,21 @@ class LanguageModel(nn.Module):
             GSACache.allocate(c.attention, batch_size, capacity, dtype=like.dtype, device=like.device)
             for _ in range(c.n_layers)
         ]
+
+    def set_phase(self, phase: Literal["warm_up", "sparse"]) -> None:
+        """Choose how every layer trains, see `GatedSparseAttention.set_phase`.
+
+        In the warm-up nothing but the indexers requires a gradient; in the sparse phase everything does.
+
+        Raises:
+            TypeError: phase is not a str.
+            ValueError: another phase, or a warm-up of a model without indexers. Nothing has changed then.
+        """
+        for block in cast(list[Block], self.blocks):
+            block.attention.set_phase(phase)
+        for name, parameter in self.named_parameters():
+            if ".attention." not in name:
+                parameter.requires_grad_(phase == "sparse")
 
     def update_mean_variance(self) -> None:
         """Fold the pending rows of every layer into its V̄: call it once per optimiser step, after the step."""

@@ -111,13 +111,14 @@ def indexer_kl_gradient(
     positions = valid_positions(len(q), len(k), selection, start=start, length=length)
     p = teacher(q, k, positions, scale=scale)
     n_rows = sum(len(over) > 0 for over in positions)
+    weight = sigmoid(head_logits)
     dq, dk, dw, db = (np.zeros(x.shape) for x in (q_idx, k_idx, head_logits, bias))
     for t, over in enumerate(positions):
         if len(over) == 0:
             continue
         dI = (_softmax(scores[t, over] / temperature) - p[t]) / temperature / n_rows
         for j in range(len(bias)):
-            w, gate = sigmoid(head_logits[t, j]), sigmoid(indexer_scale * (k_idx[over] @ q_idx[t, j]) + bias[j])
+            w, gate = weight[t, j], sigmoid(indexer_scale * (k_idx[over] @ q_idx[t, j]) + bias[j])
             dw[t, j] = w * (1 - w) * sum(dI * gate)
             dz = dI * w * gate * (1 - gate)
             dq[t, j] = indexer_scale * (dz @ k_idx[over])

@@ -135,3 +135,45 @@ def layer_output(layer: torch.nn.Module, h: Tensor, lengths: Tensor | None = Non
         n = h.shape[1] if lengths is None else min(max(int(lengths[b]), 0), h.shape[1])
         out[b, :n] = equations.gated_sparse_attention(array(h[b, :n]), weights, layer.config)
     return out
+
+
+def indexer_kl(arguments: dict[str, Any]) -> tuple[float, list[np.ndarray]]:
+    """The indexer's loss over the valid rows of all sequences, and its gradients in the order of the arguments.
+
+    The equations give the mean over the rows of one sequence; here each weighs as many rows as it has.
+    """
+    a, names = arguments, ("q_idx", "k_idx", "head_logits")
+    total, count = 0.0, 0
+    gradients = [np.zeros(a[name].shape) for name in (*names, "bias")]
+    for b in range(len(a["q"])):
+        q, k = array(a["q"][b]), array(a["k"][b])
+        start, length = of_sequence(a["start"], b), of_sequence(a["lengths"], b)
+        slots = None if a["selection"] is None else selected(a["selection"], b, len(k), start)
+        inputs = [*(array(a[name][b]) for name in names), array(a["bias"]), q, k]
+        options = {"selection": slots, "start": start, "length": length}
+        rows = sum(len(over) > 0 for over in equations.training.valid_positions(len(q), len(k), **options))
+        options |= {"indexer_scale": a["indexer_scale"], "temperature": a["temperature"]}
+        total, count = total + rows * equations.indexer_kl_loss(*inputs, **options), count + rows
+        for gradient, part in zip(gradients, equations.indexer_kl_gradient(*inputs, **options), strict=True):
+            gradient[b if gradient.ndim > 1 else ...] += rows * part
+    return total / max(count, 1), [gradient / max(count, 1) for gradient in gradients]
+
+
+def kl_tolerance(arguments: dict[str, Any], unit: float = 1.0) -> tuple[float, float]:
+    """Largest rounding error of the indexer's loss and of its gradients, for unit roundoff `unit` · 2^-53.
+
+    A logit of either softmax is off by at most δ, so its probabilities by a factor 1 ± (4δ + γ). The loss is a mean of
+    log p − log softmax(I/τ), which is at most Λ, the range of all logits and ln S. A gradient adds up (softmax − p)/τ
+    times at most the largest of 1, |scale·q^I| and |scale·k^I|.
+    """
+    a, u = arguments, unit * 2.0**-53
+    (H, d_h), S = a["q"].shape[2:], a["k"].shape[1]
+    largest = {n: float(a[n].abs().max()) if a[n].numel() else 0.0 for n in ("q", "k", "q_idx", "k_idx", "bias")}
+    logit = d_h**0.5 * largest["q"] * largest["k"]
+    H_I, d_I = a["q_idx"].shape[2:]
+    z = a["indexer_scale"] * d_I * largest["q_idx"] * largest["k_idx"] + largest["bias"]
+    teacher = 4 * gamma(d_h + 8, u) * logit + gamma(S + H + 16, u)
+    student = 4 * H_I * (gamma(d_I + 8, u) * z + gamma(16, u)) / a["temperature"] + gamma(S + 16, u)
+    spread = 2 * logit + H_I / a["temperature"] + np.log(max(S, 1)) + 1
+    factor = max(1.0, a["indexer_scale"] * max(largest["q_idx"], largest["k_idx"]))
+    return (teacher + student) * spread, 2 * (teacher + 2 * student + gamma(S + 32, u)) * factor / a["temperature"]

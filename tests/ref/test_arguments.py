@@ -57,10 +57,30 @@ VALID: dict[str, dict[str, Any]] = {
         "output_gate_logits": None,
     },
     "apply_gate": {"x": zeros(2, 3), "gate_logits": zeros(2, 3)},
+    "indexer_kl_loss": {
+        **INDEXER,
+        "q": zeros(2, 3, 4, 4),
+        "k": zeros(2, 5, 2, 4),
+        "indexer_scale": 0.5,
+        "selection": selection(),
+        "lse": zeros(2, 3, 4),
+        "scale": None,
+        "temperature": 0.5,
+        "start": 2,
+        "lengths": None,
+    },
     "GatedSparseAttention.forward": {"h": zeros(2, 3, 8), "cache": None, "lengths": None},
 }
 ONLY_REFERENCE: dict[str, dict[str, Any]] = {
     "apply_rope": {"x": zeros(2, 3, 4, 4), "start": 0, "theta": 100.0},
+    "captured_mass": {
+        "q": zeros(2, 3, 4, 4),
+        "k": zeros(2, 5, 2, 4),
+        "selection": selection(),
+        "scale": None,
+        "start": 2,
+        "lengths": None,
+    },
     "generate": {
         "model": LanguageModel(ModelConfig(attention=CONFIG, n_layers=1, d_ff=8)).eval(),
         "prompt": ints(2, 3, dtype=torch.int64),
@@ -159,6 +179,56 @@ def mean_variance_table(function: str) -> list[Bad]:
     ]
 
 
+def selection_table(function: str, first: str, expected: str) -> list[Bad]:
+    """`first` is the argument whose device the others must share, `expected` what a selection may be."""
+    return [
+        wrong(function, "selection", tuple(selection()), TypeError, expected, "tuple"),
+        Bad(
+            function,
+            {"selection": selection(dtype=torch.int64)},
+            TypeError,
+            "selection.indices",
+            "dtype int32",
+            "torch.int64",
+        ),
+        Bad(
+            function,
+            {"selection": selection(L=4)},
+            ValueError,
+            "selection.indices",
+            "shape [B=2, L=3, K]",
+            "[2, 4, 2]",
+        ),
+        Bad(
+            function,
+            {"selection": Selection(ints(2, 3, 2), ints(2, 3, 1))},
+            ValueError,
+            "selection.counts",
+            "shape [B=2, L=3]",
+            "[2, 3, 1]",
+        ),
+        Bad(function, {"selection": selection(device="meta")}, ValueError, "indices", f"device cpu as {first}", "meta"),
+    ]
+
+
+def heads_table(function: str, first: str) -> list[Bad]:
+    """Queries and keys; `first` is the argument whose device the others must share."""
+    meta = zeros(2, 5, 2, 4, device="meta")
+    return [
+        *[not_a_tensor(function, name, None) for name in ("q", "k")],
+        *[wrong(function, name, ints(2, 3, 4, 4), TypeError, FLOATS, "torch.int32") for name in ("q", "k")],
+        wrong(function, "k", zeros(2, 5, 2, 4).half(), TypeError, "dtype torch.float32 as q", "torch.float16"),
+        wrong(function, "q", zeros(2, 3, 16), ValueError, "shape [B", "[2, 3, 16]"),
+        wrong(function, "q", zeros(2, 3, 3, 4), ValueError, "H a multiple of H_kv = 2", "H = 3"),
+        wrong(function, "q", zeros(2, 3, 0, 4), ValueError, "at least one head and one channel", "[2, 3, 0, 4]"),
+        wrong(function, "k", zeros(2, 5, 2, 8), ValueError, "H_kv, d_h=4]", "[2, 5, 2, 8]"),
+        wrong(function, "k", meta, ValueError, f"device cpu as {first}", "meta"),
+        wrong(function, "scale", "1", TypeError, "a number", "str '1'"),
+        wrong(function, "scale", math.inf, ValueError, "a finite number", "inf"),
+        wrong(function, "start", -1, ValueError, "an int ≥ 0", "-1"),
+    ]
+
+
 GATES = {"value_gate_logits": ("S=5", "H_kv=2"), "output_gate_logits": ("L=3", "H=4")}
 TABLE = [
     *indexer_table("indexer_scores"),
@@ -209,32 +279,7 @@ TABLE = [
     wrong("sparse_attention", "v", zeros(2, 5, 4, 4), ValueError, "shape [B=2, S=5, H_kv=2, d_h=4]", "[2, 5, 4, 4]"),
     wrong("sparse_attention", "v", zeros(2, 5, 2, 4, device="meta"), ValueError, "device cpu as q", "meta"),
     wrong("sparse_attention", "selection", None, TypeError, "a Selection", "NoneType"),
-    wrong("sparse_attention", "selection", tuple(selection()), TypeError, "a Selection", "tuple"),
-    Bad(
-        "sparse_attention",
-        {"selection": selection(dtype=torch.int64)},
-        TypeError,
-        "selection.indices",
-        "dtype int32",
-        "torch.int64",
-    ),
-    Bad(
-        "sparse_attention",
-        {"selection": selection(L=4)},
-        ValueError,
-        "selection.indices",
-        "shape [B=2, L=3, K]",
-        "[2, 4, 2]",
-    ),
-    Bad(
-        "sparse_attention",
-        {"selection": Selection(ints(2, 3, 2), ints(2, 3, 1))},
-        ValueError,
-        "selection.counts",
-        "shape [B=2, L=3]",
-        "[2, 3, 1]",
-    ),
-    Bad("sparse_attention", {"selection": selection(device="meta")}, ValueError, "indices", "device cpu as q", "meta"),
+    *selection_table("sparse_attention", "q", "a Selection"),
     wrong("sparse_attention", "scale", "1", TypeError, "a number", "str '1'"),
     wrong("sparse_attention", "scale", math.inf, ValueError, "a finite number", "inf"),
     wrong("sparse_attention", "start", -1, ValueError, "an int ≥ 0", "-1"),
@@ -253,6 +298,20 @@ TABLE = [
         wrong("sparse_attention", name, zeros(2, 1, 2, 4), ValueError, f"shape [B=2, {n}, {h}, d_h=4]", "[2, 1, 2, 4]")
         for name, (n, h) in GATES.items()
     ],
+    *indexer_table("indexer_kl_loss"),
+    *heads_table("indexer_kl_loss", "q_idx"),
+    *selection_table("indexer_kl_loss", "q_idx", "a Selection or None"),
+    wrong("indexer_kl_loss", "q", zeros(2, 4, 4, 4), ValueError, "shape [B=2, L=3, H, d_h]", "[2, 4, 4, 4]"),
+    wrong("indexer_kl_loss", "k", zeros(2, 6, 2, 4), ValueError, "shape [B=2, S=5, H_kv, d_h=4]", "[2, 6, 2, 4]"),
+    wrong("indexer_kl_loss", "indexer_scale", None, TypeError, "a number", "NoneType None"),
+    wrong("indexer_kl_loss", "indexer_scale", math.nan, ValueError, "a finite number", "nan"),
+    wrong("indexer_kl_loss", "temperature", 0.0, ValueError, "a finite positive number", "0.0"),
+    wrong("indexer_kl_loss", "temperature", "1", TypeError, "a number", "str '1'"),
+    not_a_tensor("indexer_kl_loss", "lse", 1.0),
+    wrong("indexer_kl_loss", "lse", zeros(2, 3, 4).half(), TypeError, WIDE, "torch.float16"),
+    wrong("indexer_kl_loss", "lse", zeros(2, 3, 2), ValueError, "shape [B=2, L=3, H=4]", "[2, 3, 2]"),
+    wrong("indexer_kl_loss", "lse", zeros(2, 3, 4, device="meta"), ValueError, "device cpu as q_idx", "meta"),
+    Bad("indexer_kl_loss", {"selection": None}, ValueError, "lse", "None without a selection", "a value"),
     *[not_a_tensor("apply_gate", name, 1.0) for name in ("x", "gate_logits")],
     *[wrong("apply_gate", name, ints(2, 3), TypeError, FLOATS, "torch.int32") for name in ("x", "gate_logits")],
     wrong("apply_gate", "gate_logits", zeros(3), ValueError, "shape [2, 3] as x", "[3]"),
@@ -300,6 +359,12 @@ TABLE = [
     ),
 ]
 REFERENCE_TABLE = [
+    *heads_table("captured_mass", "q"),
+    *selection_table("captured_mass", "q", "a Selection"),
+    wrong("captured_mass", "selection", None, TypeError, "a Selection", "NoneType"),
+    not_a_tensor("captured_mass", "lengths", [5, 5]),
+    wrong("captured_mass", "lengths", ints(3), ValueError, "shape [B=2]", "[3]"),
+    wrong("captured_mass", "lengths", ints(2, device="meta"), ValueError, "device cpu as q", "meta"),
     not_a_tensor("apply_rope", "x", None),
     wrong("apply_rope", "x", ints(2, 3, 4, 4), TypeError, FLOATS, "torch.int32"),
     wrong("apply_rope", "x", zeros(2, 3, 4), ValueError, "shape [B, L, heads, d]", "[2, 3, 4]"),
@@ -402,6 +467,7 @@ CHECKS = {
     "select_tokens": arguments.check_selection_arguments,
     "apply_gate": arguments.check_gate_arguments,
     "sparse_attention": arguments.check_attention_arguments,
+    "indexer_kl_loss": arguments.check_kl_arguments,
 }
 
 
@@ -409,6 +475,6 @@ CHECKS = {
 def test_checks_read_metadata_only(function):
     """Tensors without data pass the checks: nothing there can wait for a device."""
     values = dict(VALID[function])
-    if function == "sparse_attention":
+    if "selection" in values:
         values["indices"], values["counts"] = values.pop("selection")
     CHECKS[function](**{n: x.to("meta") if isinstance(x, torch.Tensor) else x for n, x in values.items()})

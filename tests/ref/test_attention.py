@@ -445,15 +445,16 @@ def test_gradients_are_finite_and_empty_rows_get_none(case):
     assert not leaves["q"].grad[empty].any()
 
 
-@given(PLAIN64)
+@given(CASES64)
 def test_nan_in_unselected_keys_and_values_reaches_no_gradient(case):
-    """Property 37 for the backward pass."""
+    """Property 37 for the backward pass, gates included."""
     arguments = oracle.contiguous(case.arguments())
     unselected = ~filled(case, arguments["selection"]).any(1)
     gradients = []
     for poison in (0.0, math.nan):
-        inputs = {name: arguments[name].clone() for name in ("q", "k", "v")}
-        inputs["k"][unselected] = inputs["v"][unselected] = poison
+        inputs = {name: x.clone() for name, x in arguments.items() if isinstance(x, torch.Tensor)}
+        for name in ("k", "v", "value_gate_logits") if case.value_gate else ("k", "v"):
+            inputs[name][unselected] = poison
         leaves = [x.requires_grad_() for x in inputs.values()]
         out, lse = sparse_attention(**{**arguments, **inputs})
         gradients.append(torch.autograd.grad(out.sum() + lse[lse > -math.inf].sum(), leaves))

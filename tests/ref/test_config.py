@@ -28,6 +28,7 @@ def test_defaults_are_the_sizes_of_the_paper_and_the_documented_choices():
         "gates": "both",
         "gate_bias_init": 0.0,
         "mean_variance_decay": 0.99,
+        "kl_temperature": 1.0,
     }
 
 
@@ -106,6 +107,9 @@ BAD = [
     ("mean_variance_decay", 1.0, ValueError, "mean_variance_decay: expected 0 ≤ decay < 1, got 1.0"),
     ("mean_variance_decay", -0.1, ValueError, "mean_variance_decay: expected 0 ≤ decay < 1, got -0.1"),
     ("mean_variance_decay", "0.9", TypeError, "mean_variance_decay: expected a number, got str '0.9'"),
+    ("kl_temperature", 0.0, ValueError, "kl_temperature: expected a finite positive number, got 0.0"),
+    ("kl_temperature", math.inf, ValueError, "kl_temperature: expected a finite positive number, got inf"),
+    ("kl_temperature", None, TypeError, "kl_temperature: expected a number, got NoneType None"),
 ]
 
 
