@@ -12,6 +12,7 @@ from gsa_fast.attention import sparse_attention
 from gsa_fast.decode import MAX_QUERIES, decode_attention
 from gsa_fast.gates import apply_gate
 from gsa_fast.selection import SIGMOID_MODES, indexed_selection
+from gsa_fast.training import indexer_kl_loss
 from gsa_ref import GSACache, GSAConfig
 from gsa_ref._arguments import check_choice
 
@@ -36,6 +37,7 @@ class GatedSparseAttention(gsa_ref.GatedSparseAttention):
         self._indexed_selection = partial(indexed_selection, impl=impl, sigmoid_mode=sigmoid_mode)
         self._sparse_attention = partial(sparse_attention, impl=impl)
         self._apply_gate = partial(apply_gate, impl=impl)
+        self._indexer_kl_loss = partial(indexer_kl_loss, impl=impl)
         self._decode_attention: Callable[..., Any] = partial(decode_attention, impl=impl, sigmoid_mode=sigmoid_mode)
 
     def _attend(

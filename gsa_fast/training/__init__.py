@@ -231,11 +231,11 @@ def indexer_kl_loss(
     learned = (q_idx, k_idx, head_logits, bias)
     return _indexer_kl_loss(
         *learned,
-        q,
-        k,
+        q.detach(),  # the teacher gets no gradient
+        k.detach(),
         indices,
         counts,
-        lse,
+        None if lse is None else lse.detach(),
         per_sequence(start, 0, B, q_idx.device),
         per_sequence(lengths, S, B, q_idx.device),
         float(indexer_scale),
