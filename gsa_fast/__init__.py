@@ -15,6 +15,7 @@ from gsa_fast.gates import apply_gate
 from gsa_fast.indexer import indexer_scores
 from gsa_fast.layer import GatedSparseAttention
 from gsa_fast.selection import indexed_selection, select_tokens
+from gsa_fast.training import indexer_kl_loss
 from gsa_ref import GSACache, GSAConfig, GSAOutput, Selection
 
 __all__ = [
@@ -28,6 +29,7 @@ __all__ = [
     "decode_attention",
     "explain_choice",
     "indexed_selection",
+    "indexer_kl_loss",
     "indexer_scores",
     "score_variance",
     "select_tokens",

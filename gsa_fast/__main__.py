@@ -24,11 +24,11 @@ from gsa_ref.cases import Case
 GPU_EXAMPLES, GPU_QUICK_EXAMPLES = 40, 6
 INTERPRETER_EXAMPLES = {
     "indexer": 200, "budget": 100, "gates": 200, "attention": 60, "selection": 40, "indexed_selection": 100,
-    "layer": 30, "decode": 60, "attention_backward": 20,
+    "layer": 30, "decode": 60, "attention_backward": 20, "training": 60,
 }  # fmt: skip
 INTERPRETER_QUICK_EXAMPLES = {
     "indexer": 30, "budget": 15, "selection": 8, "indexed_selection": 6, "attention": 8, "gates": 30, "layer": 5,
-    "decode": 6, "attention_backward": 3,
+    "decode": 6, "attention_backward": 3, "training": 6,
 }  # fmt: skip
 
 

@@ -12,8 +12,9 @@ from gsa_fast.attention import sparse_attention
 from gsa_fast.decode import MAX_QUERIES, decode_attention
 from gsa_fast.gates import apply_gate
 from gsa_fast.selection import SIGMOID_MODES, indexed_selection
+from gsa_fast.training import indexer_kl_loss
 from gsa_ref import GSACache, GSAConfig
-from gsa_ref._arguments import check_choice
+from gsa_ref._arguments import check_bool, check_choice
 
 
 class GatedSparseAttention(gsa_ref.GatedSparseAttention):
@@ -26,16 +27,21 @@ class GatedSparseAttention(gsa_ref.GatedSparseAttention):
         config: as in the reference.
         impl: "auto", "triton" or "reference", as in `indexer_scores`.
         sigmoid_mode: "exact" or "approximate", as in `indexed_selection`.
+        deterministic: of the backward pass, as in `sparse_attention`.
     """
 
-    def __init__(self, config: GSAConfig, *, impl: str = "auto", sigmoid_mode: str = "exact") -> None:
+    def __init__(
+        self, config: GSAConfig, *, impl: str = "auto", sigmoid_mode: str = "exact", deterministic: bool = True
+    ) -> None:
         super().__init__(config)
         check_choice("impl", impl, IMPLS)
         check_choice("sigmoid_mode", sigmoid_mode, SIGMOID_MODES)
+        check_bool("deterministic", deterministic)
         self.impl = impl
         self._indexed_selection = partial(indexed_selection, impl=impl, sigmoid_mode=sigmoid_mode)
-        self._sparse_attention = partial(sparse_attention, impl=impl)
+        self._sparse_attention = partial(sparse_attention, deterministic=deterministic, impl=impl)
         self._apply_gate = partial(apply_gate, impl=impl)
+        self._indexer_kl_loss = partial(indexer_kl_loss, impl=impl)
         self._decode_attention: Callable[..., Any] = partial(decode_attention, impl=impl, sigmoid_mode=sigmoid_mode)
 
     def _attend(

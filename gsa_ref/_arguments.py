@@ -58,6 +58,11 @@ def check_int(name: str, value: Any, minimum: int) -> None:
         raise ValueError(f"{name}: expected an int ≥ {minimum}, got {value}")
 
 
+def check_bool(name: str, value: Any) -> None:
+    if not isinstance(value, bool):
+        raise TypeError(f"{name}: expected a bool, got {type(value).__name__}")
+
+
 def check_number(name: str, value: Any, *, positive: bool = False) -> None:
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise TypeError(f"{name}: expected a number, got {type(value).__name__} {value!r}")

@@ -16,6 +16,7 @@ import torch
 from hypothesis import strategies as st
 from torch import Tensor
 
+from gsa_ref.attention import sparse_attention
 from gsa_ref.config import GSAConfig
 from gsa_ref.selection import Selection
 
@@ -23,6 +24,7 @@ DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.
 VALUES = ("normal", "ties", "constant", "huge", "tiny", "smooth")
 SELECTED_VALUES = (*VALUES, "nan")  # what a NaN does to a selection is defined
 SCORES = ("normal", "ties", "constant", "special", "near", "nan")
+PHASES = ("warm_up", "sparse", "sparse_lse")
 PATTERNS = ("random", "window", "full", "holes", "empty")
 LAYOUTS = ("contiguous", "permuted", "margins")
 
@@ -385,6 +387,44 @@ class DecodeCase(IndexedSelectionCase):
         return {**arguments, "output_gate_logits": tensor(query) if self.output_gate else None}
 
 
+@dataclass(frozen=True)
+class TrainingCase(IndexerCase):
+    """Inputs of `indexer_kl_loss`: those of the indexer, the teacher's queries and keys, and what the phase needs."""
+
+    stem: ClassVar[str] = "training"
+    H_kv: int
+    group: int
+    d_h: int
+    phase: str
+    width: int
+    pattern: str
+    temperature: float
+    attended_values: str
+
+    def training_arguments(self, device: str = "cpu") -> dict[str, Any]:
+        """All keywords. In the phase "warm_up" there is no selection; in "sparse_lse", an lse as well."""
+        g, dtype = torch.Generator().manual_seed(self.seed + 1), DTYPES[self.dtype]
+        other = LAYOUTS[LAYOUTS.index(self.layout) - 1]  # a kernel that mixes up the strides of q and k must show
+        q = draw_values(self.attended_values, (self.B, self.L, self.H_kv * self.group, self.d_h), g)
+        k = draw_values(self.attended_values, (self.B, self.S, self.H_kv, self.d_h), g)
+        arguments = {
+            **self.arguments(device),
+            "q": lay_out(q.to(dtype).to(device), self.layout),
+            "k": lay_out(k.to(dtype).to(device), other),
+            "indexer_scale": self.scale,
+            "temperature": self.temperature,
+        }
+        if self.phase == "warm_up":
+            return arguments
+        selection = random_selection(self.pattern, self.B, self.L, self.S, self.width, g)
+        arguments["selection"] = Selection(*(lay_out(x.to(device), self.layout) for x in selection))
+        if self.phase == "sparse_lse":
+            q, k = arguments["q"].float(), arguments["k"].float()
+            lse = sparse_attention(q, k, k, arguments["selection"], start=arguments["start"])[1]
+            arguments["lse"] = lay_out(lse, other)
+        return arguments
+
+
 CASES: dict[str, type[Case]] = {
     case.stem: case
     for case in (
@@ -397,6 +437,7 @@ CASES: dict[str, type[Case]] = {
         GateCase,
         LayerCase,
         DecodeCase,
+        TrainingCase,
     )
 }
 
@@ -603,6 +644,22 @@ def decode_cases(draw: Draw, dtype: str, limits: Limits) -> DecodeCase:
     )
 
 
+@st.composite
+def training_cases(draw: Draw, dtype: str, limits: Limits) -> TrainingCase:
+    indexer = dataclasses.asdict(draw(indexer_cases(dtype, limits)))
+    return TrainingCase(
+        **indexer,
+        H_kv=draw(st.integers(1, limits.heads)),
+        group=draw(st.integers(1, limits.group)),
+        d_h=draw(_HEAD_WIDTHS),
+        phase=draw(st.sampled_from(PHASES)),
+        width=draw(st.integers(1, limits.width)),
+        pattern=draw(st.sampled_from(PATTERNS)),
+        temperature=draw(st.sampled_from((1.0, 0.1, 0.02, 10.0))),
+        attended_values=draw(st.sampled_from(("normal", "ties", "constant", "smooth", "tiny"))),
+    )
+
+
 STRATEGIES = {
     "indexer": indexer_cases,
     "budget": budget_cases,
@@ -613,4 +670,5 @@ STRATEGIES = {
     "gates": gate_cases,
     "layer": layer_cases,
     "decode": decode_cases,
+    "training": training_cases,
 }

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from gsa_ref.equations import sigmoid, token_budget
+from gsa_ref.equations import indexer_scores, sigmoid, token_budget
 
 SIGMOID_ERROR = {
     # σ = e/(1+e) or 1/(1+e) with e = exp(−|x|). exp has relative error (4 + |x|)u: 2^-22, and the rounding of x·log2 e.
@@ -327,6 +327,104 @@ def attention_gradient_tolerance(
         of_value = ((rho + u + sums) * p + tiny * (p > 0)).T @ size
         tolerances[2][:, h // group] += of_value + tiny * used[:, None] * len(p)
     return tolerances
+
+
+def kl_tolerance(
+    q_idx: np.ndarray,
+    k_idx: np.ndarray,
+    head_logits: np.ndarray,
+    bias: np.ndarray,
+    q: np.ndarray,
+    k: np.ndarray,
+    over: np.ndarray,
+    *,
+    indexer_scale: float,
+    scale: float,
+    temperature: float,
+) -> dict[str, np.ndarray]:
+    """How far τ · Σ_t KL(p_t ‖ softmax(I_t/τ)) and its gradients, in float32, may lie from exact arithmetic.
+
+    The weights p have relative error ρ, as in `attention_tolerance`, with 6u(|logit| + |lse|) for a stored lse. Scores
+    are within ε (`score_tolerance`), so x = I/τ within Δx = ε/τ + 3u|x|, and ln Σ exp(x) within Λ = max Δx + ρ of its
+    own softmax. Then a row's |ΔKL| ≤ Σ p[ρ(|ln p − x + lse| + 1) + Δx + Λ] + γ Σ p(|ln p| + |x| + |lse|), and
+    ∂L/∂I is within δ = softmax(x)(e^{Δx+Λ} − 1) + pρ. Through z_j, with σ and σ' both ¼-Lipschitz, errors δ, |Δz|/4
+    and γ per sum reach the inputs; a term ∂L/∂z is rounded to 16 bits, and its 2^16-fold to the smallest float16.
+
+    Args:
+        q_idx, k_idx, head_logits, bias, indexer_scale: as in `score_tolerance`.
+        q: [L, H, d_h].
+        k: [S, H_kv, d_h].
+        over: bool [L, S], what the distributions of a row run over.
+        scale: factor on q·k.
+        temperature: τ.
+
+    Returns:
+        float64: "loss", and the gradients "q_idx", "k_idx", "head_logits" and "bias" in the shapes of these. Without
+        the rounding to the dtype of a result.
+    """
+    u = 2.0**-24
+    rows = over.any(-1)
+    inputs = {"q_idx": q_idx, "k_idx": k_idx, "head_logits": head_logits, "bias": bias}
+    tolerance = {"loss": np.zeros(()), **{name: np.zeros(x.shape) for name, x in inputs.items()}}
+    if not rows.any():
+        return tolerance
+    over = over[rows]
+    n = over.sum(-1)[:, None]  # [rows, 1]
+    roundings = gamma(n + 24)
+
+    def softmax(x: np.ndarray, delta: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Weights, lse and ρ of masked logits within delta, a number per row."""
+        x = np.where(over, x, -np.inf)
+        largest, smallest = x.max(-1, keepdims=True), np.where(over, x, np.inf).min(-1, keepdims=True)
+        lse = largest + np.log(np.exp(x - largest).sum(-1, keepdims=True))
+        rho = np.expm1(2 * delta) + (n // 16 + 3) * (6 + largest - smallest) * u + roundings
+        return np.exp(x - lse), lse, rho + 6 * u * (np.maximum(np.abs(largest), np.abs(smallest)) + np.abs(lse))
+
+    def row_max(x: np.ndarray) -> np.ndarray:
+        return np.where(over, x, 0).max(-1, keepdims=True)
+
+    q, (L, H, d_h), group = q[rows], q.shape, q.shape[1] // k.shape[1]
+    p, rho = np.zeros(over.shape), np.zeros((len(over), 1))
+    for h in range(H):
+        key = k[:, h // group]
+        delta = row_max(abs(scale) * gamma(d_h + 2) * (np.abs(q[:, h]) @ np.abs(key).T))
+        weights, _, rho_h = softmax(scale * (q[:, h] @ key.T), delta)
+        p, rho = p + weights / H, np.maximum(rho, rho_h)
+
+    q_idx, weight = q_idx[rows], sigmoid(head_logits[rows])
+    indexer = q_idx, k_idx, head_logits[rows], bias
+    everything = len(k_idx)  # is before the first query, so that nothing is masked
+    scores = indexer_scores(*indexer, scale=indexer_scale, start=everything, length=everything + L)
+    epsilon = score_tolerance(*indexer, scale=indexer_scale)
+    x = scores / temperature
+    delta_x = epsilon / temperature + 3 * u * np.abs(x)
+    student, lse, rho_x = softmax(x, row_max(delta_x))
+    lambda_ = row_max(delta_x) + rho_x
+    log_p = np.log(np.where(p > 0, p, 1))
+    per_key = rho * (np.abs(log_p - x + lse) + 1) + delta_x + lambda_ + 2.0**-21
+    per_key += (roundings + 8 * u) * (np.abs(log_p) + np.abs(x) + np.abs(lse))
+    tolerance["loss"] = temperature * (p * per_key).sum()
+
+    gradient = np.where(over, student - p, 0)
+    delta_gradient = np.where(over, student * np.expm1(delta_x + lambda_ + 4 * u * np.abs(x)) + p * rho, 0)
+    delta_gradient += 2 * u * (student + p)
+    gamma_keys, gamma_rows = gamma(over.shape[1] + 32), gamma(L + 32)
+    for j in range(len(bias)):
+        z = indexer_scale * (q_idx[:, j] @ k_idx.T) + bias[j]
+        delta_z = abs(indexer_scale) * gamma(q_idx.shape[-1] + 4) * (np.abs(q_idx[:, j]) @ np.abs(k_idx).T)
+        delta_s = np.minimum((delta_z + 2 * u * (np.abs(z) + abs(bias[j]))) / 4, 1) + 16 * u
+        s, w = sigmoid(z), weight[:, j, None]
+        dz = np.abs(gradient) * w * s * (1 - s)
+        delta_dz = (
+            delta_gradient * w * s * (1 - s) + np.abs(gradient) * w * delta_s + (2.0**-16 + 16 * u) * dz + 2.0**-41
+        )
+        delta_dz = np.where(over, delta_dz, 0)
+        dw = delta_gradient * s + np.abs(gradient) * (delta_s + gamma_keys * s)
+        tolerance["q_idx"][rows, j] = abs(indexer_scale) * ((delta_dz + gamma_keys * dz) @ np.abs(k_idx))
+        tolerance["k_idx"] += abs(indexer_scale) * ((delta_dz + gamma_rows * dz).T @ np.abs(q_idx[:, j]))
+        tolerance["head_logits"][rows, j] = (w * ((1 - w) * dw + 32 * u * np.abs(gradient) * s)).sum(-1)
+        tolerance["bias"][j] = (delta_dz + (gamma_keys + gamma_rows) * dz).sum()
+    return tolerance
 
 
 def gate_tolerance(gold: np.ndarray, gate_logits: np.ndarray, dtype: torch.dtype) -> np.ndarray:

@@ -3,7 +3,7 @@
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from gsa_ref._arguments import RULES, check_budget_sizes, check_choice, check_int, check_number
+from gsa_ref._arguments import RULES, check_bool, check_budget_sizes, check_choice, check_int, check_number
 
 GATES = ("both", "value", "output", "none")
 VARIANTS = {
@@ -76,8 +76,7 @@ class GSAConfig:
         if self.indexer_scale is not None:
             check_number("indexer_scale", self.indexer_scale)
         for name in ("indexer_rope", "sparse"):
-            if not isinstance(getattr(self, name), bool):
-                raise TypeError(f"{name}: expected a bool, got {type(getattr(self, name)).__name__}")
+            check_bool(name, getattr(self, name))
         check_choice("gates", self.gates, GATES)
         check_number("rope_theta", self.rope_theta, positive=True)
         check_number("gate_bias_init", self.gate_bias_init)

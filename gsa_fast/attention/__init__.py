@@ -18,7 +18,7 @@ from gsa_fast.attention.masked import attend_masked_tiles
 from gsa_fast.attention.union import attend_unions
 from gsa_fast.gates import apply_gate
 from gsa_ref import Selection
-from gsa_ref._arguments import check_attention_arguments
+from gsa_ref._arguments import check_attention_arguments, check_bool
 
 __all__ = ["Choice", "explain_choice", "sparse_attention"]
 
@@ -176,8 +176,7 @@ def sparse_attention(
     if not isinstance(selection, Selection):
         raise TypeError(f"selection: expected a Selection, got {type(selection).__name__}")
     indices, counts = selection
-    if not isinstance(deterministic, bool):
-        raise TypeError(f"deterministic: expected a bool, got {type(deterministic).__name__}")
+    check_bool("deterministic", deterministic)
     gates = {"value_gate_logits": value_gate_logits, "output_gate_logits": output_gate_logits}
     check_attention_arguments(q, k, v, indices, counts, scale=scale, start=start, **gates)
     if not use_triton(impl, q=q, k=k, v=v, **gates):

@@ -8,6 +8,7 @@ import dataclasses
 import random
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from typing import Any
 from unittest import mock
 
@@ -27,12 +28,14 @@ from gsa_ref.check import (
     budget_interval,
     error_budget,
     gate_tolerance,
+    kl_tolerance,
     score_tolerance,
     score_verdict,
     topk_certificate,
     unit_roundoff,
     variance_interval,
 )
+from gsa_ref.indexer import visible
 
 ALL_ROWS = 128
 SAMPLED_ROWS = 48
@@ -498,6 +501,56 @@ def check_decode(case: cases.DecodeCase, device: str) -> Iterator[Verdict]:
         yield error_budget(numpy(lse[b]), numpy(baseline_lse[0]), gold_lse, torch.float32, tolerance=lse_tolerance)
 
 
+def check_training(case: cases.TrainingCase, device: str) -> Iterator[Verdict]:
+    """The loss and its gradients within three times the error of the reference in the same dtype, or proven bounds.
+
+    Gold is the reference in float64. The loss without gradients is the same, bit for bit.
+    """
+    arguments = case.training_arguments(device)
+    names = ("q_idx", "k_idx", "head_logits", "bias")
+
+    def loss_and_gradients(function: Callable[..., Tensor], **changes: Any) -> list[Tensor]:
+        given = {**arguments, **changes}
+        given.update({name: given[name].detach().requires_grad_() for name in names})
+        loss = function(**given)
+        return [loss.detach(), *torch.autograd.grad(loss, [given[name] for name in names])]
+
+    with poisoned_memory():
+        results = loss_and_gradients(partial(gsa_fast.indexer_kl_loss, impl="triton"))
+        alone = gsa_fast.indexer_kl_loss(**arguments, impl="triton")
+    n = int(((results[0] != alone) & ~(results[0].isnan() & alone.isnan())).sum())
+    yield Verdict(n == 0, float(n), 0.0, f"the loss is {results[0]} with gradients, {alone} without")
+    baseline = loss_and_gradients(gsa_ref.indexer_kl_loss)
+    wide = {name: arguments[name].double() for name in (*names, "q", "k", "lse") if name in arguments}
+    gold = loss_and_gradients(gsa_ref.indexer_kl_loss, **wide)
+    over = numpy(kl_positions(arguments))
+    n_rows = max(1, int(over.any(-1).sum()))
+    factors = {"indexer_scale": case.scale, "scale": case.d_h**-0.5, "temperature": case.temperature}
+    bounds = []
+    for b in range(case.B):
+        q_idx, k_idx, head_logits, q, k = (numpy(arguments[n][b]) for n in ("q_idx", "k_idx", "head_logits", "q", "k"))
+        bounds.append(kl_tolerance(q_idx, k_idx, head_logits, numpy(arguments["bias"]), q, k, over[b], **factors))
+    for name, got, plain, exact in zip(("loss", *names), results, baseline, gold, strict=True):
+        of_sequences = np.stack([bound[name] for bound in bounds]) / (n_rows * case.temperature)
+        tolerance = of_sequences.sum(0) if name in ("loss", "bias") else of_sequences
+        tolerance = tolerance + unit_roundoff(got.dtype) * (
+            np.abs(numpy(exact)) + torch.finfo(got.dtype).smallest_normal
+        )
+        verdict = error_budget(numpy(got), numpy(plain), numpy(exact), got.dtype, factor=3.0, tolerance=tolerance)
+        yield verdict if verdict else dataclasses.replace(verdict, detail=f"{name}: {verdict.detail}")
+
+
+def kl_positions(arguments: dict[str, Any]) -> Tensor:
+    """Which positions the distributions of `indexer_kl_loss` run over, bool [B, L, S]: visible, or filled slots."""
+    (B, L), S = arguments["q"].shape[:2], arguments["k"].shape[1]
+    over = visible(L, S, arguments["start"], arguments["lengths"], arguments["q"].device).expand(B, L, S)
+    if "selection" not in arguments:
+        return over
+    indices, counts = arguments["selection"]
+    filled = (torch.arange(indices.shape[-1], device=indices.device) < counts[..., None]) & (indices >= 0)
+    return over & ((indices[..., None] == torch.arange(S, device=indices.device)) & filled[..., None]).any(2)
+
+
 CHECKS: dict[str, Callable[[Any, str], Iterator[Verdict]]] = {
     "indexer": check_indexer,
     "budget": check_budget,
@@ -508,4 +561,5 @@ CHECKS: dict[str, Callable[[Any, str], Iterator[Verdict]]] = {
     "gates": check_gates,
     "layer": check_layer,
     "decode": check_decode,
+    "training": check_training,
 }

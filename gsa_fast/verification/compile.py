@@ -178,6 +178,23 @@ def shipped_calls(
                         yield partial(_backward, on_hopper, deterministic, q, k, selection)
         yield partial(_backward_of_gate, q)
         yield from decode_calls(dtype, head_widths, heads)
+        yield from training_calls(dtype, head_widths, heads)
+
+
+def training_calls(
+    dtype: torch.dtype, head_widths: tuple[int, ...], heads: tuple[tuple[int, int], ...]
+) -> Iterator[Callable[[], Any]]:
+    """Calls of `indexer_kl_loss` in both phases, with gradients."""
+    L, S, K, H_I = 16, 4096, 1024, 4
+    selection = Selection(torch.zeros(1, L, K, dtype=torch.int32), torch.zeros(1, L, dtype=torch.int32))
+    sizes = [(d_h, H, H_kv, 64) for d_h in head_widths for H, H_kv in heads]
+    sizes += [(head_widths[0], *heads[0], d_I) for d_I in (32, 128)]
+    for d_h, H, H_kv, d_I in sizes:
+        q_idx, k_idx = torch.zeros(1, L, H_I, d_I, dtype=dtype), torch.zeros(1, S, d_I, dtype=dtype)
+        inputs = q_idx, k_idx, torch.zeros(1, L, H_I, dtype=dtype), torch.zeros(H_I, requires_grad=True)
+        attended = torch.zeros(1, L, H, d_h, dtype=dtype), torch.zeros(1, S, H_kv, d_h, dtype=dtype)
+        loss = partial(gsa_fast.indexer_kl_loss, *inputs, *attended, indexer_scale=0.125, impl="triton")
+        yield from (loss, partial(loss, selection=selection))
 
 
 def decode_calls(

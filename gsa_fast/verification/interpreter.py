@@ -8,11 +8,12 @@ from unittest import mock
 
 import torch
 
-from gsa_fast import attention, budget, decode, indexer, selection
+from gsa_fast import attention, budget, decode, indexer, selection, training
 from gsa_fast._backend import INTERPRETED
 from gsa_fast.attention import backward, bits, gather, masked, union
 from gsa_fast.selection import streamed
 from gsa_fast.selection.streamed import launch_thresholds
+from gsa_fast.training import chain, student, teacher
 
 
 def enable_interpreter_checks() -> None:
@@ -98,6 +99,9 @@ def small_tiles(width: int = 16) -> Iterator[None]:
             (backward, "PART_COPIES", 0),
             (backward, "LEAST_PART_BYTES", 256 * width),
             (backward, "SUM_PROGRAMS", 5),
+            (training, "CHUNK_BYTES", 400 * width),
+            *((module, "block_k", lambda block_d, dtype: width) for module in (teacher, student)),
+            *((module, "tile_rows", lambda width_, dtype: width) for module in (teacher, student, chain)),
         ):
             stack.enter_context(mock.patch.object(module, name, value))
         yield

@@ -26,12 +26,15 @@ INTERPRETER_LIMITS = Limits()
 INTERPRETER_LIMITS_OF = {
     "indexed_selection": Limits(S=240),  # with `small_tiles`, most rows are then sampled
     "decode": Limits(L=3, S=60, group=3),
+    "training": Limits(L=20, S=40, group=3),
 }
 GPU_LIMITS = Limits(
     B=2, L=8192, S=1536, heads=4, group=8, width=512, lengths=(1, 5, 64, 65, 130, 257, 512, 1000, 2048, 4096, 8192)
 )
 # The gold of the layer, and of gradients, holds the gathered keys in float64: 2048 queries of it fit any GPU.
 GPU_LAYER_LIMITS = Limits(B=2, L=2048, S=384, heads=2, group=4, width=128, lengths=(1, 5, 64, 65, 257, 512, 1000, 2048))
+# Gold holds the logits of all heads and pairs in float64.
+GPU_TRAINING_LIMITS = Limits(B=2, L=1024, S=1536, heads=2, group=4, width=256, lengths=(1, 5, 64, 65, 130, 257, 1000))
 
 SHRINK_SECONDS = 20.0
 
@@ -60,7 +63,10 @@ class Row:
 def limits_for(stem: str, device: str) -> Limits:
     if device == "cpu":
         return INTERPRETER_LIMITS_OF.get(stem, INTERPRETER_LIMITS)
-    return GPU_LAYER_LIMITS if stem in ("layer", "attention_backward") else GPU_LIMITS
+    limits = {
+        "layer": GPU_LAYER_LIMITS, "attention_backward": GPU_LAYER_LIMITS, "training": GPU_TRAINING_LIMITS
+    }  # fmt: skip
+    return limits.get(stem, GPU_LIMITS)
 
 
 def check_case(case: Case, device: str, row: Row) -> None:

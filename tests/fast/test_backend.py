@@ -51,6 +51,14 @@ def arguments_of(name: str, device: str) -> dict[str, Any]:
             "output_gate_logits": tensor(2, 5, 4, 8),
         },
         "apply_gate": {"x": tensor(2, 3), "gate_logits": tensor(2, 3)},
+        "indexer_kl_loss": {
+            **indexer,
+            "q": tensor(2, 5, 4, 8),
+            "k": tensor(2, 5, 2, 8),
+            "indexer_scale": 0.5,
+            "selection": Selection(int32([[[0, 4]] * 5] * 2, device), int32([counts] * 2, device)),
+            "lse": tensor(2, 5, 4),
+        },
     }[name]
 
 
@@ -62,6 +70,7 @@ FUNCTIONS = (
     "indexed_selection",
     "sparse_attention",
     "apply_gate",
+    "indexer_kl_loss",
 )
 ops = pytest.mark.parametrize("name", FUNCTIONS)
 
@@ -181,7 +190,14 @@ FLOATING = [
     ("sparse_attention", ("output_gate_logits",)),
     ("apply_gate", ("x",)),
     ("apply_gate", ("gate_logits",)),
+    ("indexer_kl_loss", ("q_idx", "k_idx")),
+    ("indexer_kl_loss", ("head_logits",)),
+    ("indexer_kl_loss", ("bias",)),
+    ("indexer_kl_loss", ("q", "k")),
+    ("indexer_kl_loss", ("lse",)),
 ]
+WITH_BACKWARD = ("sparse_attention", "apply_gate", "indexer_kl_loss")
+INDICES = ("token_budget", "select_tokens")
 
 
 @pytest.mark.parametrize(("name", "wide"), FLOATING)
@@ -194,8 +210,7 @@ def test_float64_is_refused_by_the_kernels_and_served_by_the_reference(name, wid
 
 
 @pytest.mark.parametrize(
-    ("name", "differentiable"),
-    [pair for pair in FLOATING if pair[0] in ("indexer_scores", "score_variance", "indexed_selection")],
+    ("name", "differentiable"), [pair for pair in FLOATING if pair[0] not in (*WITH_BACKWARD, *INDICES)]
 )
 def test_a_backward_pass_through_a_kernel_names_the_function(name, differentiable, device):
     arguments = arguments_of(name, device)
@@ -256,6 +271,13 @@ BAD: dict[str, tuple[str, Callable[[dict[str, Any]], dict[str, Any]]]] = {
         lambda a: {"k": a["k"][:, 1:], "v": a["v"][:, 1:], "value_gate_logits": None},
     ),
     "a scale that is no number": ("sparse_attention", lambda a: {"scale": "1"}),
+    "lse without a selection": ("indexer_kl_loss", lambda a: {"selection": None}),
+    "an lse of other heads": ("indexer_kl_loss", lambda a: {"lse": a["lse"][..., :-1]}),
+    "a temperature of 0": ("indexer_kl_loss", lambda a: {"temperature": 0.0}),
+    "a temperature that is no number": ("indexer_kl_loss", lambda a: {"temperature": "1"}),
+    "an infinite indexer_scale": ("indexer_kl_loss", lambda a: {"indexer_scale": float("inf")}),
+    "attended keys of another length": ("indexer_kl_loss", lambda a: {"k": a["k"][:, 1:]}),
+    "slots in a list": ("indexer_kl_loss", lambda a: {"selection": list(a["selection"])}),
     "a gate of another shape": ("apply_gate", lambda a: {"gate_logits": a["gate_logits"][0]}),
     "an integer gate": ("apply_gate", lambda a: {"gate_logits": a["gate_logits"].int()}),
 }
@@ -285,7 +307,7 @@ def test_inputs_are_left_as_they_were(name, device):
     assert all(same(arguments[key], value) for key, value in before.items())
 
 
-@pytest.mark.parametrize("name", ["indexer_scores", "indexed_selection", "sparse_attention"])
+@pytest.mark.parametrize("name", ["indexer_scores", "indexed_selection", "sparse_attention", "indexer_kl_loss"])
 def test_starts_and_lengths_may_be_strided(name, device):
     arguments = arguments_of(name, device)
     every_second = int32([3, 99, 1, 99], device)[::2]

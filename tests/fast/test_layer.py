@@ -78,6 +78,7 @@ def test_impl_triton_never_calls_the_reference_kernels(variant, device, monkeypa
         "indexed_selection",
         "sparse_attention",
         "apply_gate",
+        "indexer_kl_loss",
     ):
         monkeypatch.setattr(gsa_ref, name, refuse)
         monkeypatch.setattr(gsa_ref.layer, name, refuse, raising=False)
@@ -101,6 +102,23 @@ def test_impl_auto_on_a_cpu_says_once_that_it_is_the_reference(monkeypatch):
     assert len(caught) == 1
     layer.impl = "reference"
     assert same(output, run(build(CONFIG, "cpu", impl="reference"), h))
+
+
+def test_the_warm_up_on_kernels_trains_the_indexer_as_the_reference_does(device):
+    """Property 52: the indexer's parameters get gradients from its loss, and nothing else does."""
+    layer, h, lengths = build(CONFIG, device).train(), hidden(2, 6, device), int32([6, 4], device)
+    reference = gsa_ref.GatedSparseAttention(CONFIG).to(device)
+    reference.load_state_dict(layer.state_dict())
+    losses = []
+    for module in (layer, reference.train()):
+        module.set_phase("warm_up")
+        losses.append(module(h, lengths=lengths).indexer_loss)
+        losses[-1].backward()
+    torch.testing.assert_close(*losses)
+    for (name, parameter), expected in zip(layer.named_parameters(), reference.parameters(), strict=True):
+        assert (parameter.grad is not None) == name.startswith("indexer.")
+        if parameter.grad is not None:
+            torch.testing.assert_close(parameter.grad, expected.grad)
 
 
 @pytest.mark.parametrize(("impl", "error"), [("cuda", ValueError), (None, TypeError)])

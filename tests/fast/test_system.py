@@ -437,6 +437,7 @@ def op_arguments(name: str, device: str, B: int, L: int, gate: bool) -> tuple[An
     start, lengths = int32([2] * B, device), int32([S] * B, device)
     indexer = tensor(B, L, 2, 4), tensor(B, S, 4), tensor(B, L, 2), tensor(2)
     counts = torch.full((B, L), 2, dtype=torch.int32, device=device)
+    indices = torch.tensor([0, 2], dtype=torch.int32, device=device).expand(B, L, 2).contiguous()
     return {
         "indexer_scores": (*indexer, start, lengths, 0.5),
         "score_variance": (tensor(B, L, S),),
@@ -449,7 +450,7 @@ def op_arguments(name: str, device: str, B: int, L: int, gate: bool) -> tuple[An
             tensor(B, L, 4, 8),
             tensor(B, S, 2, 8),
             tensor(B, S, 2, 8),
-            torch.tensor([0, 2], dtype=torch.int32, device=device).expand(B, L, 2).contiguous(),
+            indices,
             counts,
             start,
             tensor(B, L, 4, 8) if gate else None,
@@ -459,6 +460,11 @@ def op_arguments(name: str, device: str, B: int, L: int, gate: bool) -> tuple[An
         "decode_attention": (
             tensor(B, L, 4, 8), tensor(B, S, 2, 8), tensor(B, S, 2, 8), *indexer, torch.tensor(0.01, device=device),
             start, lengths, tensor(B, L, 4, 8) if gate else None, 0.35, 0.5, 3, 1, 4, "proportional", False, 4
+        ),
+        "indexer_kl_loss": (
+            *(x.clone().requires_grad_() for x in indexer), tensor(B, L, 4, 8), tensor(B, S, 2, 8),
+            *((indices, counts, tensor(B, L, 4)) if gate else (None, None, None)),
+            start, lengths, 0.5, 0.35, 0.1, True
         ),
     }[name]  # fmt: skip
 
@@ -472,8 +478,11 @@ OPS = (
     "sparse_attention",
     "apply_gate",
     "decode_attention",
+    "indexer_kl_loss",
 )
-OP_CALLS = [(name, False) for name in OPS] + [("sparse_attention", True), ("decode_attention", True)]
+OP_CALLS = [(name, False) for name in OPS] + [
+    (name, True) for name in ("sparse_attention", "decode_attention", "indexer_kl_loss")
+]
 
 
 @pytest.mark.parametrize(("name", "gate"), OP_CALLS)
@@ -490,7 +499,7 @@ def test_custom_ops_pass_opcheck(name, gate, B, L, device):
 def test_fake_kernels_give_the_shapes_dtypes_and_strides_of_the_real_ones(name, gate, device):
     """For inputs with strides of their own, too."""
     arguments = tuple(
-        x.transpose(0, 1).contiguous().transpose(0, 1) if torch.is_tensor(x) and x.dim() > 1 else x
+        x.detach().transpose(0, 1).contiguous().transpose(0, 1) if torch.is_tensor(x) and x.dim() > 1 else x
         for x in op_arguments(name, device, 2, 3, gate)
     )
     op = getattr(torch.ops.gsa_fast, name).default
