@@ -267,3 +267,20 @@ def test_the_dense_variant_is_the_sparse_one_with_a_budget_of_everything(device)
 def test_empty_axes_give_empty_outputs(variant, B, L, device):
     h = hidden(B, L, device)
     assert same(run(build(CONFIG.variant(variant), device), h), h)
+
+
+def test_deterministic_reaches_the_backward_pass_and_has_to_be_a_bool(device, monkeypatch):
+    with pytest.raises(TypeError, match=r"^deterministic: expected a bool, got str"):
+        gsa_fast.GatedSparseAttention(CONFIG, deterministic="yes")
+    seen = []
+    attend_backward = gsa_fast.attention.attend_backward
+
+    def record(*arguments):
+        seen.append(arguments[-1])
+        return attend_backward(*arguments)
+
+    monkeypatch.setattr(gsa_fast.attention, "attend_backward", record)
+    for deterministic in (True, False):
+        layer = gsa_fast.GatedSparseAttention(CONFIG, impl="triton", deterministic=deterministic).to(device)
+        layer(hidden(1, 5, device)).hidden.sum().backward()
+    assert seen == [True, False]
