@@ -26,6 +26,8 @@ LEAST_PART_BYTES = 2**28
 # A chunk of tiles has its parts in as many rounds as the data asks for, at most this many.
 ROUNDS = 16
 SUM_PROGRAMS = 4096
+# At a time: tiles whose parts a program of `list_parts_kernel` lists, parts that one of `sum_parts_kernel` adds.
+TILES_AT_A_TIME, PARTS_AT_A_TIME = 32, 8
 
 
 def attend_backward(
@@ -111,7 +113,7 @@ def attend_backward(
             first_tiles = torch.searchsorted(offsets, torch.arange(rounds + 1, device=device) * part_slots)
             bounds = torch.cat((offsets, ends[-1:]))[first_tiles]
             list_parts_kernel[(B * words,)](
-                *bits_and_ranks, offsets, lists, list_counts, words, tiles, chunk_tiles, S, BLOCK_T=32
+                *bits_and_ranks, offsets, lists, list_counts, words, tiles, chunk_tiles, S, BLOCK_T=TILES_AT_A_TIME
             )
         tensors = q, k, v, do, lse, delta, positions, masks, sizes, offsets, bounds, dq, parts
         for this_round in range(rounds):
@@ -130,7 +132,7 @@ def attend_backward(
             if deterministic:
                 sum_parts_kernel[(min(SUM_PROGRAMS, B * S),)](
                     parts, lists, list_counts, bounds, dkv, B * S, chunk_tiles, width, this_round,
-                    PROGRAMS=min(SUM_PROGRAMS, B * S), BLOCK_T=8,
+                    PROGRAMS=min(SUM_PROGRAMS, B * S), BLOCK_T=PARTS_AT_A_TIME,
                     BLOCK_C=min(2048, max(16, triton.next_power_of_2(width))),
                 )  # fmt: skip
     if on_hopper:
