@@ -14,7 +14,7 @@ import triton
 from gsa_fast._backend import INTERPRETED
 from gsa_fast.bench import decode, prefill, records, train
 from gsa_fast.selection import SIGMOID_MODES
-from gsa_fast.verification import long, run
+from gsa_fast.verification import long, long_gradients, run
 from gsa_fast.verification.compile import SHARED_MEMORY_LIMIT, compile_shipped
 from gsa_fast.verification.interpreter import enable_interpreter_checks, small_tiles
 from gsa_ref import GSAConfig
@@ -57,6 +57,7 @@ def main(argv: list[str] | None = None) -> int:
     long_.add_argument("--rows", type=int, metavar="N", help="rows compared with the reference (default 2048)")
     long_.add_argument("--reruns", type=int, metavar="N", help="reruns compared bit by bit (default 20)")
     long_.add_argument("--kv-heads", type=int, metavar="N", help="key/value heads for the 32 query heads (default 8)")
+    long_.add_argument("--gradients", action="store_true", help="check the backward pass of the attention instead")
     long_.add_argument("--sigmoid-mode", choices=SIGMOID_MODES, help="of the indexer (default exact)")
     compile_ = commands.add_parser(
         "compile",
@@ -120,8 +121,8 @@ def run_verify(parser: argparse.ArgumentParser, options: argparse.Namespace, com
     if options.examples is not None and options.examples < 1:
         parser.error(f"argument --examples: expected a number ≥ 1, got {options.examples}")
 
-    for name in ("rows", "reruns", "kv_heads", "sigmoid_mode"):
-        if getattr(options, name) is not None:
+    for name in ("rows", "reruns", "kv_heads", "sigmoid_mode", "gradients"):
+        if getattr(options, name) not in (None, False):
             parser.error(f"argument --{name.replace('_', '-')}: belongs to --length")
 
     device = "cpu" if INTERPRETED else "cuda"
@@ -201,6 +202,8 @@ def run_verify_length(parser: argparse.ArgumentParser, options: argparse.Namespa
         parser.error("argument --length: needs a CUDA device, the interpreter would take days")
 
     config = GSAConfig(H_kv=H_kv)
+    if options.gradients:
+        return run_verify_gradients(options, config, rows, reruns, command)
     print(
         f"Checking {min(rows, options.length)} rows of a sequence of {options.length} tokens on "
         f"{torch.cuda.get_device_name()}, seed {options.seed}.",
@@ -227,6 +230,23 @@ def run_verify_length(parser: argparse.ArgumentParser, options: argparse.Namespa
     if options.json is not None:
         records.write(options.json, [long.to_record(result, options.length, config, command, options.seed)])
     return 1 if result.failed else 0
+
+
+def run_verify_gradients(options: argparse.Namespace, config: GSAConfig, rows: int, reruns: int, command: str) -> int:
+    """The `verify --length --gradients` command."""
+    print(
+        f"Checking the gradients of {min(rows, options.length)} queries and 4 keys of a sequence of {options.length} "
+        f"tokens on {torch.cuda.get_device_name()}, seed {options.seed}.",
+        flush=True,
+    )
+    found = long_gradients.verify_gradients(options.length, config, rows=rows, reruns=reruns, seed=options.seed)
+    print(run.format_table(found))
+    failed = [row for row in found if row.failed]
+    for row in failed:
+        print(f"\n{row.stem}: {row.detail}")
+    if options.json is not None:
+        records.write(options.json, [long_gradients.to_record(found, options.length, config, command, options.seed)])
+    return 1 if failed else 0
 
 
 def run_compile(options: argparse.Namespace, command: str) -> int:

@@ -519,6 +519,7 @@ def long_verification(root: Path) -> str:
             *(figure(r["near_threshold"]["median"]), str(r["near_threshold"]["most"])),
         ]
         for r in found
+        if "recall" in r
     ]
     recall_header = ["L", "H_kv", "σ", "mean k", "recall", "worst row", "keys within 2ε, median", "most"]
     lines += ["", table(header, rows, left=5), ""]
