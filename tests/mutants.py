@@ -247,7 +247,7 @@ MUTANTS = [
         ("gradient of values in the row of keys", "width, to_dv = 2 * H_kv * d_h, H_kv * d_h", "width, to_dv = 2 * H_kv * d_h, 0"),
         ("gradient parts of all sequences to the first", "(b * S + s)[:, None] * width", "s[:, None] * width"),
         ("gradient parts of every block in one place", "p_dkv += BLOCK_N * width", "p_dkv += 0"),
-        ("gradients of a round beyond its end", "(offset >= start) & (offset < end), size, 0)", "offset >= start, size, 0)"),
+        ("gradients of a round without its first tile", "(offset >= start) & (offset < end), size, 0)", "(offset > start) & (offset < end), size, 0)"),
         ("gradient values with the strides of keys", "load_keys(p_v + s * stride_vs", "load_keys(p_v + s * stride_ks"),
     ),
     *_of(

@@ -77,6 +77,7 @@ def union_backward_hopper_kernel(
     of_logits: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_N, 16])
     of_out: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, d_h, 16])
     swizzled: gl.constexpr = gl.NVMMASharedLayout.get_default_for([BLOCK_N, d_h], dtype)
+    of_left: gl.constexpr = gl.DotOperandLayout(0, of_out, 2)
     of_weights: gl.constexpr = gl.NVMMASharedLayout.get_default_for([BLOCK_M, BLOCK_N], dtype)
 
     pid = gl.program_id(0).to(gl.int64)
@@ -128,7 +129,6 @@ def union_backward_hopper_kernel(
 
         s_0 = gl.load(p_positions + slot)
         s_1 = gl.load(p_positions + BLOCK_N + slot, mask=slot < (blocks - 1) * BLOCK_N, other=0)
-        position = gl.load(p_positions + 2 * BLOCK_N + slot, mask=slot < (blocks - 2) * BLOCK_N, other=0)
         copy_rows(s_k.index(0), p_k, s_0, stride_ks, blocks > 0, NARROW)
         copy_rows(s_v.index(0), p_v, s_0, stride_vs, blocks > 0, NARROW)
         async_copy.commit_group()
@@ -140,10 +140,10 @@ def union_backward_hopper_kernel(
         no_part = gl.zeros([BLOCK_N, d_h], gl.float32, of_out)
         dq = gl.zeros([BLOCK_M, d_h], gl.float32, of_out)
         low, high = load_words(p_masks, r, 0, blocks, QUERIES)
+        fence_async_shared()  # the matrix units read q and do as this thread has stored them
         for i in range(blocks):
             this = i % 2
             async_copy.wait_group(1)  # K and V of block i
-            fence_async_shared()
             barrier()
             logits = warpgroup_mma(s_q, s_k.index(this).permute((1, 0)), of_nothing, use_acc=False, is_async=True)
             dp = warpgroup_mma(s_do, s_v.index(this).permute((1, 0)), of_nothing, use_acc=False, is_async=True)
@@ -156,20 +156,23 @@ def union_backward_hopper_kernel(
             dp = warpgroup_mma_wait(0, deps=[dp])
             ds = gl.where(selected, p * (dp - delta[:, None]), 0.0)
             s_ds.store(ds.to(dtype))
-            fence_async_shared()
             barrier()
-            dv = warpgroup_mma(s_p.permute((1, 0)), s_do, no_part, use_acc=False, is_async=True)
-            under_way = warpgroup_mma(s_ds, s_k.index(this), dq, is_async=True)
+            # Transposed on their way to registers. The matrix units could read them where they lie, behind a fence that
+            # would wait for all that this thread has under way: copies of the next block, parts of the one before.
+            p_t = s_p.permute((1, 0)).load(of_left)
+            dv = warpgroup_mma(p_t, s_do, no_part, use_acc=False, is_async=True)
+            under_way = warpgroup_mma(s_ds.load(of_left), s_k.index(this), dq, is_async=True)
             p_block = p_positions + i * BLOCK_N
+            position = gl.load(p_block + 2 * BLOCK_N + slot, mask=slot < (blocks - i - 2) * BLOCK_N, other=0)
             dv = warpgroup_mma_wait(1, deps=[dv])
             add_part(p_dk + H_kv * d_h, dv, width, p_block, size - i * BLOCK_N, d_h, dtype, DETERMINISTIC)
-            dk = warpgroup_mma(s_ds.permute((1, 0)), s_q, no_part, use_acc=False, is_async=True)
+            ds_t = s_ds.permute((1, 0)).load(of_left)
+            dk = warpgroup_mma(ds_t, s_q, no_part, use_acc=False, is_async=True)
             dq = warpgroup_mma_wait(1, deps=[under_way])
             barrier()  # everybody is done with K and V of block i
             copy_rows(s_k.index(this), p_k, position, stride_ks, i + 2 < blocks, NARROW)
             copy_rows(s_v.index(this), p_v, position, stride_vs, i + 2 < blocks, NARROW)
             async_copy.commit_group()
-            position = gl.load(p_positions + (i + 3) * BLOCK_N + slot, mask=slot < (blocks - i - 3) * BLOCK_N, other=0)
             dk = warpgroup_mma_wait(0, deps=[dk])
             add_part(p_dk, scale * dk, width, p_block, size - i * BLOCK_N, d_h, dtype, DETERMINISTIC)
             if DETERMINISTIC:

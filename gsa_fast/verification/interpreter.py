@@ -96,6 +96,7 @@ def small_tiles(width: int = 16) -> Iterator[None]:
             (masked, "keys_per_block", lambda block_d, dtype: 128 // dtype.itemsize),
             (union, "keys_per_block", lambda block_d, dtype: 32),
             (backward, "FLOAT32_TILE_ROWS", width // 2),
+            (backward, "rows_per_chunk", lambda B, L, queries, n_bytes: queries * min(5, -(-L // queries))),
             (backward, "PART_COPIES", 0),
             (backward, "LEAST_PART_BYTES", 256 * width),
             (backward, "SUM_PROGRAMS", 5),
