@@ -98,7 +98,7 @@ def small_tiles(width: int = 16) -> Iterator[None]:
             (backward, "FLOAT32_TILE_ROWS", width // 2),
             (backward, "rows_per_chunk", lambda B, L, queries, n_bytes: queries * min(5, -(-L // queries))),
             (backward, "PART_COPIES", 0),
-            (backward, "LEAST_PART_BYTES", 256 * width),
+            (backward, "LEAST_PART_BYTES", 1024 * width),
             (backward, "SUM_PROGRAMS", 5),
             (backward, "TILES_AT_A_TIME", 2),
             (backward, "PARTS_AT_A_TIME", 2),
