@@ -94,7 +94,7 @@ def small_tiles(width: int = 16) -> Iterator[None]:
             (masked, "BLOCKS_AT_A_TIME", 1),
             (masked, "keys_per_block", lambda block_d, dtype: 128 // dtype.itemsize),
             (union, "keys_per_block", lambda block_d, dtype: 32),
-            (training, "CHUNK_BYTES", 400 * width),
+            (training, "CHUNK_BYTES", 160 * width),
             *((module, "block_k", lambda block_d, dtype: width) for module in (teacher, student)),
             *((module, "tile_rows", lambda width_, dtype: width) for module in (teacher, student, chain)),
         ):
