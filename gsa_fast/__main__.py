@@ -24,7 +24,7 @@ from gsa_ref.cases import Case
 GPU_EXAMPLES, GPU_QUICK_EXAMPLES = 40, 6
 INTERPRETER_EXAMPLES = {
     "indexer": 200, "budget": 100, "gates": 200, "attention": 60, "selection": 40, "indexed_selection": 100,
-    "layer": 30, "decode": 60, "attention_backward": 20, "training": 60,
+    "layer": 30, "decode": 60, "attention_backward": 20, "training": 100,
 }  # fmt: skip
 INTERPRETER_QUICK_EXAMPLES = {
     "indexer": 30, "budget": 15, "selection": 8, "indexed_selection": 6, "attention": 8, "gates": 30, "layer": 5,

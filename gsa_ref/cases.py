@@ -405,12 +405,12 @@ class TrainingCase(IndexerCase):
         """All keywords. In the phase "warm_up" there is no selection; in "sparse_lse", an lse as well."""
         g, dtype = torch.Generator().manual_seed(self.seed + 1), DTYPES[self.dtype]
         other = LAYOUTS[LAYOUTS.index(self.layout) - 1]  # a kernel that mixes up the strides of q and k must show
-        q = draw_values(self.attended_values, (self.B, self.L, self.H_kv * self.group, self.d_h), g)
-        k = draw_values(self.attended_values, (self.B, self.S, self.H_kv, self.d_h), g)
+        query, key = (self.B, self.L, self.H_kv * self.group, self.d_h), (self.B, self.S, self.H_kv, self.d_h)
+        q, k = (draw_values(self.attended_values, shape, g).to(dtype) for shape in (query, key))
         arguments = {
             **self.arguments(device),
-            "q": lay_out(q.to(dtype).to(device), self.layout),
-            "k": lay_out(k.to(dtype).to(device), other),
+            "q": lay_out(q.to(device), self.layout),
+            "k": lay_out(k.to(device), other),
             "indexer_scale": self.scale,
             "temperature": self.temperature,
         }
@@ -419,9 +419,9 @@ class TrainingCase(IndexerCase):
         selection = random_selection(self.pattern, self.B, self.L, self.S, self.width, g)
         arguments["selection"] = Selection(*(lay_out(x.to(device), self.layout) for x in selection))
         if self.phase == "sparse_lse":
-            q, k = arguments["q"].float(), arguments["k"].float()
-            lse = sparse_attention(q, k, k, arguments["selection"], start=arguments["start"])[1]
-            arguments["lse"] = lay_out(lse, other)
+            start = _int32(self.start, "cpu") if isinstance(self.start, tuple) else self.start
+            lse = sparse_attention(q.float(), k.float(), k.float(), selection, start=start)[1]
+            arguments["lse"] = lay_out(lse.to(device), other)
         return arguments
 
 
@@ -647,16 +647,18 @@ def decode_cases(draw: Draw, dtype: str, limits: Limits) -> DecodeCase:
 @st.composite
 def training_cases(draw: Draw, dtype: str, limits: Limits) -> TrainingCase:
     indexer = dataclasses.asdict(draw(indexer_cases(dtype, limits)))
+    # Hypothesis likes the first: with one channel, little depends on where it is read.
+    indexer["d_I"] = draw(st.sampled_from((16, 8, 20, 64, 128, 4, 1)))
     return TrainingCase(
         **indexer,
         H_kv=draw(st.integers(1, limits.heads)),
         group=draw(st.integers(1, limits.group)),
         d_h=draw(_HEAD_WIDTHS),
         phase=draw(st.sampled_from(PHASES)),
-        width=draw(st.integers(1, limits.width)),
+        width=draw(st.one_of(st.just(limits.width), st.integers(1, limits.width))),
         pattern=draw(st.sampled_from(PATTERNS)),
         temperature=draw(st.sampled_from((1.0, 0.1, 0.02, 10.0))),
-        attended_values=draw(st.sampled_from(("normal", "ties", "constant", "smooth", "tiny"))),
+        attended_values=draw(st.sampled_from(("normal", "huge", "smooth", "ties"))),  # few teachers that are uniform
     )
 
 

@@ -28,6 +28,9 @@ SAMPLE = [
     "decode chooses too few groups",
     "decode shards share one segment",
     "decode splits not rescaled",
+    "teacher sum not rescaled",
+    "selected teacher on empty slots",
+    "key gradient keeps the last chunk's slots",
 ]
 
 LIST = """

@@ -188,7 +188,7 @@ def training_calls(
     L, S, K, H_I = 16, 4096, 1024, 4
     selection = Selection(torch.zeros(1, L, K, dtype=torch.int32), torch.zeros(1, L, dtype=torch.int32))
     sizes = [(d_h, H, H_kv, 64) for d_h in head_widths for H, H_kv in heads]
-    sizes += [(head_widths[0], *heads[0], d_I) for d_I in (32, 128)]
+    sizes += [(head_widths[0], *heads[0], d_I) for d_I in (128,)]
     for d_h, H, H_kv, d_I in sizes:
         q_idx, k_idx = torch.zeros(1, L, H_I, d_I, dtype=dtype), torch.zeros(1, S, d_I, dtype=dtype)
         inputs = q_idx, k_idx, torch.zeros(1, L, H_I, dtype=dtype), torch.zeros(H_I, requires_grad=True)

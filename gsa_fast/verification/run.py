@@ -26,7 +26,7 @@ INTERPRETER_LIMITS = Limits()
 INTERPRETER_LIMITS_OF = {
     "indexed_selection": Limits(S=240),  # with `small_tiles`, most rows are then sampled
     "decode": Limits(L=3, S=60, group=3),
-    "training": Limits(L=20, S=40, group=3),
+    "training": Limits(L=20, S=60, group=3, width=60),
 }
 GPU_LIMITS = Limits(
     B=2, L=8192, S=1536, heads=4, group=8, width=512, lengths=(1, 5, 64, 65, 130, 257, 512, 1000, 2048, 4096, 8192)

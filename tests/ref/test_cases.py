@@ -9,7 +9,15 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gsa_ref import GatedSparseAttention, Selection, indexed_selection, indexer_scores, select_tokens, sparse_attention
+from gsa_ref import (
+    GatedSparseAttention,
+    Selection,
+    indexed_selection,
+    indexer_kl_loss,
+    indexer_scores,
+    select_tokens,
+    sparse_attention,
+)
 from gsa_ref.cases import (
     CASES,
     LAYOUTS,
@@ -38,7 +46,8 @@ def generator(seed: int = 0) -> torch.Generator:
 
 def tensors(case: Case) -> list[torch.Tensor]:
     """Everything that a case builds, flattened."""
-    built = case.scores() if case.stem == "budget" else case.arguments()
+    builders = {"budget": "scores", "training": "training_arguments"}
+    built = getattr(case, builders.get(case.stem, "arguments"))()
     values = list(built.values()) if isinstance(built, dict) else [built] if torch.is_tensor(built) else list(built)
     flat = [x for value in values for x in (value if isinstance(value, Selection) else [value])]
     if case.stem == "decode":
@@ -105,6 +114,8 @@ def test_every_case_is_legal_input(stem, data):
             attended.pop("q"), attended.pop("k"), attended.pop("v"), selection, start=arguments["start"], **attended
         )
         assert out.isfinite().all()
+    elif stem == "training":
+        assert indexer_kl_loss(**case.training_arguments()).isfinite()
     elif stem == "layer":
         GatedSparseAttention(case.config)(**case.arguments())
     else:
