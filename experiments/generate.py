@@ -6,6 +6,7 @@ from pathlib import Path
 
 import checkpoint
 import torch
+from safetensors import SafetensorError
 
 from gsa_ref import LanguageModel, generate
 from gsa_ref.generation import decode
@@ -35,7 +36,7 @@ def main(argv: list[str] | None = None) -> int:
             generator=torch.Generator().manual_seed(options.seed),
             progress=True,
         )
-    except (TypeError, ValueError, OSError) as error:
+    except (TypeError, ValueError, OSError, SafetensorError) as error:
         parser.error(str(error))
     print(options.prompt + decode(new[0]))
     return 0

@@ -23,6 +23,7 @@ import checkpoint
 import text
 import torch
 from measure import measure, validation_loss
+from safetensors import SafetensorError
 from settings import Settings, add_options
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
@@ -41,7 +42,7 @@ def main(argv: list[str] | None = None) -> int:
     out, resume = options.pop("out"), options.pop("resume")
     try:
         train(Settings(**options), out, resume=resume)
-    except (TypeError, ValueError, OSError) as error:
+    except (TypeError, ValueError, OSError, SafetensorError) as error:
         parser.error(str(error))
     return 0
 
@@ -51,7 +52,8 @@ def train(settings: Settings, out: Path, *, resume: bool = False) -> None:
 
     Raises:
         OSError: the text, the run of `init` or the run to resume cannot be read.
-        ValueError: `out` holds a run already, or to resume another one; the text is too short; `init` does not fit.
+        ValueError: `out` holds a checkpoint already, or to resume one of another run; the text is too short; or `init`
+            does not fit.
         FloatingPointError: the loss is not finite.
     """
     s = settings
@@ -73,8 +75,8 @@ def train(settings: Settings, out: Path, *, resume: bool = False) -> None:
     if resume:
         first = resume_run(out, s, facts, model, optimizer, generator)
     else:
-        if (out / checkpoint.RUN).exists():
-            raise ValueError(f"out: expected a folder without a run (or --resume), got {out}")
+        if (out / checkpoint.TENSORS).exists():
+            raise ValueError(f"out: expected a folder without a checkpoint (or --resume), got {out}")
         if s.init is not None and (new := checkpoint.load_weights(Path(s.init), model)):
             print(f"not in {s.init}, so as initialised: {', '.join(new)}", file=sys.stderr)
         out.mkdir(parents=True, exist_ok=True)
