@@ -13,26 +13,37 @@ from typing import Any
 
 import checkpoint
 import train
+from settings import Settings, add_options
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "experiments/results/cpu.json"
 RUNS = ROOT / "experiments/runs"
 
 # A budget of exactly an eighth of the context, so that what a selection captures is comparable between runs.
-FIXED = "--variant sparse --rule fixed --k-base 32 --k-min 32 --k-max 32"
-WARM_UP = f"{FIXED} --init {{runs}}/dense --phase warm_up --batch 4 --steps 300 --eval-every 50 --seed 1"
-ON = "--batch 4 --steps 300 --eval-every 50 --seed 2 --lr 0.0005"
+FIXED = "--rule fixed --k-base 32 --k-min 32 --k-max 32"
+DENSE = "--steps 1000 --lr 0.002 --eval-every 250"
+WARM_UP = f"{FIXED} --phase warm_up --batch 4 --steps 300 --eval-every 50 --seed 1"
+SPARSE_WARM_UP = f"--variant sparse --init {{runs}}/dense {WARM_UP}"
+ON = "--batch 4 --steps 200 --eval-every 50 --seed 2 --lr 0.0005"  # all on the same text in the same order
+TAU = (1.0, 0.3, 0.1, 0.03, 0.01)
+BEST = "--indexer-rope --kl-temperature 0.1"
 
-
-def warm_up(tau: float, more: str = "") -> str:
-    return f"{WARM_UP} --kl-temperature {tau} {more}".strip()
-
-
-# In this order: later runs begin with the weights of earlier ones.
+# In this order: later runs begin with the weights of earlier ones. {runs} is the folder of the runs.
 STUDY = {
-    "dense": "--variant dense --steps 1000 --lr 0.002 --eval-every 250",
-    **{f"warm_tau{tau}": warm_up(tau) for tau in (1.0, 0.3, 0.1, 0.03, 0.01)},
-    **{f"warm_tau{tau}_rope": warm_up(tau, "--indexer-rope") for tau in (1.0, 0.3, 0.1, 0.03, 0.01)},
+    "dense": f"--variant dense {DENSE}",
+    **{f"warm_tau{tau}": f"{SPARSE_WARM_UP} --kl-temperature {tau}" for tau in TAU},
+    **{f"warm_tau{tau}_rope": f"{SPARSE_WARM_UP} --kl-temperature {tau} --indexer-rope" for tau in TAU},
+    "warm_best_scale1": f"{SPARSE_WARM_UP} {BEST} --indexer-scale 1",
+    "warm_blind_lr": f"{SPARSE_WARM_UP} --kl-temperature 0.1 --lr 0.01",
+    "dense_on": f"--variant dense --init {{runs}}/dense {ON}",
+    "sparse_on": f"--variant sparse --init {{runs}}/warm_tau0.1_rope {ON} {BEST} {FIXED}",
+    "sparse_on_proportional": f"--variant sparse --init {{runs}}/warm_tau0.1_rope {ON} {BEST} --rule proportional",
+    "sparse_on_inverse": f"--variant sparse --init {{runs}}/warm_tau0.1_rope {ON} {BEST} --rule inverse",
+    "sparse_on_blind": f"--variant sparse --init {{runs}}/warm_tau0.1 {ON} --kl-temperature 0.1 {FIXED}",
+    "gated": f"--variant gated {DENSE}",
+    "gsa_warm": f"--variant gsa --init {{runs}}/gated {WARM_UP} {BEST}",
+    "gated_on": f"--variant gated --init {{runs}}/gated {ON}",
+    "gsa_on": f"--variant gsa --init {{runs}}/gsa_warm {ON} {BEST} {FIXED}",
 }
 
 
@@ -43,20 +54,31 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--json", type=Path, default=RESULTS, help="file of the records")
     options = parser.parse_args(argv)
     for name, command in STUDY.items():
-        if not finished(options.runs / name):
+        folder, settings = options.runs / name, parse(command, options.runs)
+        if not finished(folder, settings):
             print(f"{name}: {command}", file=sys.stderr)
-            arguments = shlex.split(command.format(runs=options.runs))
-            resume = ["--resume"] if (options.runs / name / checkpoint.TENSORS).exists() else []
-            train.main(["--out", str(options.runs / name), *arguments, *resume])
-        write(options.json, [record(options.runs / n, n, c) for n, c in STUDY.items() if finished(options.runs / n)])
+            train.train(settings, folder, resume=(folder / checkpoint.TENSORS).exists())
+    write(options.json, [record(options.runs / name, name, command) for name, command in STUDY.items()])
     return 0
 
 
-def finished(folder: Path) -> bool:
-    """Whether a run is there and took its last step."""
+def parse(command: str, runs: Path) -> Settings:
+    """The settings that a command of the study stands for."""
+    parser = argparse.ArgumentParser()
+    add_options(parser)
+    return Settings(**vars(parser.parse_args(shlex.split(command.format(runs=runs)))))
+
+
+def finished(folder: Path, settings: Settings) -> bool:
+    """Whether a run is there and took its last step.
+
+    Raises:
+        ValueError: the folder holds a run with other settings.
+    """
     if not (folder / checkpoint.TENSORS).exists():
         return False
-    settings, _ = checkpoint.read_run(folder)
+    if checkpoint.read_run(folder)[0] != settings:
+        raise ValueError(f"{folder}: expected a run with the settings of the study, got other settings; delete it")
     return any(line["step"] == settings.steps for line in log(folder))
 
 

@@ -387,9 +387,7 @@ def test_fast_implementation_runs_on_the_kernels_of_gsa_fast():
 
 @pytest.mark.parametrize("name", study.STUDY)
 def test_commands_of_the_study_are_valid_and_begin_with_earlier_runs(name: str):
-    parser = ArgumentParser()
-    add_options(parser)
-    settings = Settings(**vars(parser.parse_args(shlex.split(study.STUDY[name].format(runs="runs")))))
+    settings = study.parse(study.STUDY[name], Path("runs"))
     names = list(study.STUDY)
     if settings.init:
         assert settings.init.removeprefix("runs/") in names[: names.index(name)]
@@ -412,3 +410,6 @@ def test_study_trains_what_is_missing_and_records_it(tmp_path: Path, small_text:
     assert str(tmp_path) not in b["command"].replace(small_text, "")
     assert a["settings"]["variant"] == "dense"
     assert {"device", "torch", "python", "text", "commit"} <= set(a)
+    runs["a"] += " --seed 1"
+    with pytest.raises(ValueError, match="expected a run with the settings of the study"):
+        study.main(command)
