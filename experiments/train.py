@@ -1,9 +1,9 @@
-"""Train a small language model over bytes in one of the paper's four variants.
+r"""Train a small language model over bytes in one of the paper's four variants.
 
-    cd experiments
-    python train.py --out runs/dense --variant dense --steps 1000
-    python train.py --out runs/warm --variant sparse --init runs/dense --phase warm_up
-    python train.py --out runs/sparse --variant sparse --init runs/warm
+    python experiments/train.py --out experiments/runs/dense --variant dense --steps 1000
+    python experiments/train.py --out experiments/runs/warm --variant sparse --init experiments/runs/dense \
+        --phase warm_up
+    python experiments/train.py --out experiments/runs/sparse --variant sparse --init experiments/runs/warm
 
 The same command with --resume goes on from the last checkpoint. README.md, beside this file, describes the log.
 """

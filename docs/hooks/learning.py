@@ -71,6 +71,12 @@ def training_model(root: Path) -> str:
     return table(list(names), [[", ".join(dict.fromkeys(str(r["settings"][n]) for r in found)) for n in names]], left=0)
 
 
+def training_context(root: Path) -> str:
+    """`{{ training_context }}`: the longest context of a run."""
+    found = load(root, TRAINING)
+    return str(max(r["settings"]["context"] for r in found)) if found else missing(TRAINING)
+
+
 def training_warm_up(root: Path) -> str:
     """`{{ training_warm_up }}`: what the selection captures after each warm-up, beside simpler selections."""
     found = warm_ups(root)
@@ -174,7 +180,7 @@ def training_commands(root: Path) -> str:
 DIRECTIVES = {
     f.__name__: f
     for f in (
-        training_setup, training_model, training_warm_up, training_steps, training_on, training_variants,
-        training_commands,
+        training_setup, training_model, training_context, training_warm_up, training_steps, training_on,
+        training_variants, training_commands,
     )
 }  # fmt: skip
