@@ -96,8 +96,6 @@ class Settings:
             )
         if self.device not in ("cpu", "cuda"):
             raise ValueError(f"device: expected cpu or cuda, got {self.device!r}")
-        if self.device == "cuda" and not torch.cuda.is_available():
-            raise ValueError("device: expected cpu on a machine without a CUDA device, got cuda")
         self.model_config()
 
     def model_config(self) -> ModelConfig:
@@ -107,7 +105,13 @@ class Settings:
         return ModelConfig(attention=attention.variant(self.variant), n_layers=self.n_layers, d_ff=self.d_ff)
 
     def build_model(self) -> LanguageModel:
-        """A new model in its phase; the seed determines its weights."""
+        """A new model in its phase, on its device; the seed determines its weights.
+
+        Raises:
+            ValueError: there is no such device.
+        """
+        if self.device == "cuda" and not torch.cuda.is_available():
+            raise ValueError("device: expected cpu on a machine without a CUDA device, got cuda")
         layer: Callable[[GSAConfig], GatedSparseAttention] = GatedSparseAttention
         if self.impl == "fast":
             import gsa_fast  # needs Triton, which the reference does not

@@ -33,7 +33,7 @@ from gsa_ref import LanguageModel
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run the command line; returns the exit status. Bad usage ends with status 2 and says what was wrong."""
+    """Run the command line; returns the exit status: 1 for a loss that is not finite. Bad usage ends with status 2."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, help="folder of the run")
     parser.add_argument("--resume", action="store_true", help="go on with the run in --out, which has these settings")
@@ -44,6 +44,9 @@ def main(argv: list[str] | None = None) -> int:
         train(Settings(**options), out, resume=resume)
     except (TypeError, ValueError, OSError, SafetensorError) as error:
         parser.error(str(error))
+    except FloatingPointError as error:
+        print(error, file=sys.stderr)
+        return 1
     return 0
 
 

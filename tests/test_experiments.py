@@ -137,6 +137,17 @@ def test_resumed_run_equals_the_uninterrupted_one_bit_by_bit(
     assert sorted(p.name for p in (tmp_path / "parts").iterdir()) == ["checkpoint.safetensors", "log.jsonl", "run.json"]
 
 
+def test_loss_that_is_not_finite_ends_the_run_before_it_reaches_the_weights(
+    tmp_path: Path, small_text: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    losses = iter([1.0, 1.0, 1.0, math.nan])
+    monkeypatch.setattr(train, "backward", lambda *_: torch.tensor([next(losses), 0.0]))
+    assert train.main(options(tmp_path / "run", small_text, variant="dense")) == 1
+    assert "step 4: the loss or its gradient is not finite" in capsys.readouterr().err
+    assert lines(tmp_path / "run")[-1]["step"] == 3
+    assert load_file(tmp_path / "run/checkpoint.safetensors")["step"] == 2
+
+
 def test_resuming_an_interrupted_line_of_the_log_forgets_it(tmp_path: Path, small_text: str):
     command = options(tmp_path / "run", small_text, variant="dense", steps=2)
     train.main(command)
@@ -369,6 +380,12 @@ def test_learning_rate_rises_then_falls_to_a_tenth():
     assert rates[10] == pytest.approx(1)
     assert all(a > b for a, b in pairwise(rates[10:]))
     assert rates[100] == pytest.approx(0.1)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a CUDA device")
+def test_settings_of_a_run_on_a_gpu_can_be_read_elsewhere_but_not_trained():
+    with pytest.raises(ValueError, match="expected cpu on a machine without a CUDA device"):
+        Settings(device="cuda").build_model()
 
 
 def test_options_have_the_names_and_defaults_of_the_settings():
