@@ -19,7 +19,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 
-from gsa_ref import LanguageModel
+from gsa_ref import LanguageModel, dense_attention
 from gsa_ref.config import VARIANTS
 from gsa_ref.generation import BOS
 
@@ -345,6 +345,13 @@ def test_recall_is_one_for_an_indexer_that_ranks_as_attention_does_and_low_for_i
     assert same["captured"] == pytest.approx(same["captured_oracle"])
     assert same["captured"] > same["captured_random"] > opposite["captured"]
     assert opposite["recall"] < 0.3
+
+
+def test_measured_attention_is_that_of_the_reference():
+    q, k, v = torch.randn(2, 9, 6, 4), torch.randn(2, 9, 3, 4), torch.randn(2, 9, 3, 4)
+    p = measure.attention(q, k, torch.ones(9, 9, dtype=torch.bool).tril().expand(2, 9, 9))
+    found = torch.einsum("blhs,bshd->blhd", p, v.repeat_interleave(2, dim=2))
+    torch.testing.assert_close(found, dense_attention(q, k, v))
 
 
 def test_measures_leave_the_model_as_it_was():
