@@ -260,12 +260,11 @@ MUTANTS = [
         ("parts of another round summed", "mine = (row >= start) & (row < end)", "mine = row >= 0"),
         ("parts forget what earlier rounds gave", "total = tl.load(dkv_ptr + key * width + c, mask=c < width, other=0.0)", "total = tl.zeros([BLOCK_C], tl.float32)"),
         ("parts beyond the first few dropped", "for first in range(0, count, BLOCK_T):", "for first in range(0, 1, BLOCK_T):"),
-        ("parts of a word of keys offset by one", "s = w * 32 + lane", "s = w * 32 + lane + 1"),
+        ("parts of a word's keys the other way round", "s = w * 32 + lane", "s = w * 32 + 31 - lane"),
     ),
     *_of(
         "attention_backward",
         "attention/backward.py",
-        ("rounds one too few", "rounds = triton.cdiv(n_tiles * capacity, part_slots)  #", "rounds = max(1, triton.cdiv(n_tiles * capacity, part_slots) - 1)  #"),
         ("gradients of chunks begin at row 0", "scalars = first_row, rows,", "scalars = 0, rows,"),
     ),
     *_of(

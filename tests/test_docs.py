@@ -16,13 +16,14 @@ import pytest
 ROOT = Path(__file__).parent.parent
 DOCS = ROOT / "docs"
 sys.path.insert(0, str(DOCS / "hooks"))
+import learning  # noqa: E402
 import notebook_pages  # noqa: E402
 import records  # noqa: E402
 import speed  # noqa: E402
 import thread  # noqa: E402
 
 FIGURE_SCRIPTS = sorted(p.name for p in (DOCS / "figures").glob("*.py") if p.name != "style.py")
-SOURCES = ("docs", "gsa_ref", "gsa_fast", "tests", "notebooks", "benchmarks/results")
+SOURCES = ("docs", "gsa_ref", "gsa_fast", "tests", "notebooks", "benchmarks/results", "experiments/results")
 
 
 def build(root: Path, out: Path) -> subprocess.CompletedProcess[str]:
@@ -477,6 +478,63 @@ def test_stored_speed_records_have_the_expected_form(name: str):
         if directive.startswith(wanted):
             assert make(ROOT), directive
     text = (ROOT / path).read_text(encoding="utf-8")
+    assert not re.search(r"/(home|root|tmp|work|usr)/", text)  # no path of a machine
+
+
+@pytest.fixture
+def with_runs(tmp_path: Path) -> Path:
+    """A root with made-up training runs: a warm-up, and sparse training 2% behind dense training."""
+    sizes = {"d": 8, "n_layers": 1, "d_ff": 16, "H": 2, "H_kv": 1, "d_h": 4, "H_I": 2, "d_I": 4, "context": 16}
+    settings = sizes | {"indexer_rope": True, "indexer_scale": None, "lr": 0.001, "kl_temperature": 0.3}
+    measured = {"captured": 0.81, "captured_oracle": 0.9, "captured_recent": 0.7, "captured_random": 0.25}
+    measured |= {"captured_ratio": 0.9, "captured_ratio_min": 0.85, "recall": 0.75, "mean_k": 30.25}
+
+    def run(name: str, variant: str, loss: float, **more: float) -> dict[str, object]:
+        lines = [{"step": n, "tokens": n, "validation_loss": x, **more} for n, x in ((0, 3.0), (5, loss))]
+        record = {"suite": "training", "name": name, "command": f"python x --out {name}", "log": lines}
+        facts = {"device": "some device", "torch": "2", "python": "3", "commit": None}
+        text = {"name": "a text", "sha256": "abc", "train_tokens": 12345}
+        return record | facts | {"text": text, "settings": settings | {"variant": variant}}
+
+    found = [
+        run("warm_a", "sparse", 2.5, **measured),
+        run("dense_on", "dense", 2.0, first_token_share=0.5),
+        run("sparse_on", "sparse", 2.04, **measured),
+        run("gated_on", "gated", 1.9, first_token_share=0.125, value_gate=0.4, output_gate=0.3),
+    ]
+    (tmp_path / learning.TRAINING).parent.mkdir(parents=True)
+    (tmp_path / learning.TRAINING).write_text(json.dumps(found))
+    return tmp_path
+
+
+@pytest.mark.parametrize("name", sorted(learning.DIRECTIVES))
+def test_missing_training_record_is_said(name: str, tmp_path: Path):
+    assert learning.DIRECTIVES[name](tmp_path).startswith("No record is stored: there is no `experiments/")
+
+
+def test_training_tables_show_the_records(with_runs: Path):
+    show = {name: make(with_runs) for name, make in learning.DIRECTIVES.items()}
+    assert "4 runs:" in show["training_setup"]
+    assert "- device: `some device`" in show["training_setup"]
+    assert "- text: a text, SHA-256 `abc`, 12,345 tokens to train on" in show["training_setup"]
+    assert show["training_model"].endswith("| 8 | 1 | 16 | 2 | 1 | 4 | 2 | 4 | 16 |")
+    captured = "| yes | 1/√d_I | 0.001 | 0.3 | 81.0% | 90.0% | 70.0% | 25.0% | 0.900 | 0.850 | 0.750 | 2.500 |"
+    assert show["training_warm_up"].splitlines()[2:] == [captured]
+    assert show["training_steps"].splitlines()[0].endswith("| step 0 | step 5 |")
+    assert show["training_steps"].splitlines()[2:] == ["| yes | 1/√d_I | 0.001 | 0.3 | 0.900 | 0.900 |"]
+    assert show["training_on"].splitlines()[2:] == [
+        "| sparse | fixed budget | dense | 3.000 | 2.040 | 2.000 | +2.0% | 30.2 | 0.900 |"
+    ]
+    assert "| dense | 2.000 | 50.0% | – | – |" in show["training_variants"]
+    assert "| gated | 1.900 | 12.5% | 0.400 | 0.300 |" in show["training_variants"]
+    assert "\npython x --out warm_a\n" in show["training_commands"]
+
+
+def test_stored_training_records_have_the_expected_form():
+    if not (ROOT / learning.TRAINING).is_file():
+        pytest.skip("no record is stored")
+    assert all(make(ROOT) for make in learning.DIRECTIVES.values())
+    text = (ROOT / learning.TRAINING).read_text(encoding="utf-8")
     assert not re.search(r"/(home|root|tmp|work|usr)/", text)  # no path of a machine
 
 

@@ -17,6 +17,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+from learning import DIRECTIVES as LEARNING
 from records import verification_table  # mkdocs loads a hook with its folder on the path
 from speed import DIRECTIVES as SPEED
 
@@ -354,6 +355,7 @@ DIRECTIVES: dict[str, Callable[..., str]] = {
     "equation_index": equation_index,
     "verification_table": verification_table,
     **SPEED,
+    **LEARNING,
 }
 DIRECTIVE = re.compile(r"\{\{ (\w+)((?: [\w./-]+)*) \}\}")
 
