@@ -54,7 +54,7 @@ class Settings:
     indexer_scale: float | None = option(None, "factor on q^I·k^I (default: 1/√d_I)")
     indexer_rope: bool = option(False, "RoPE on the indexer's queries and keys too")
     gate_bias_init: float = option(0.0, "initial bias of the gates")
-    kl_temperature: float = option(1.0, "τ of the indexer's loss")
+    kl_temperature: float = option(0.1, "τ of the indexer's loss")
 
     context: int = option(256, "tokens in a sequence")
     batch: int = option(8, "sequences in a micro-batch")

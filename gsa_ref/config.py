@@ -60,7 +60,7 @@ class GSAConfig:
     gates: Literal["both", "value", "output", "none"] = "both"
     gate_bias_init: float = 0.0
     mean_variance_decay: float = 0.99
-    kl_temperature: float = 1.0
+    kl_temperature: float = 0.1
 
     def __post_init__(self) -> None:
         for name in ("d", "H", "H_kv", "d_h", "H_I", "d_I"):

@@ -28,7 +28,7 @@ def test_defaults_are_the_sizes_of_the_paper_and_the_documented_choices():
         "gates": "both",
         "gate_bias_init": 0.0,
         "mean_variance_decay": 0.99,
-        "kl_temperature": 1.0,
+        "kl_temperature": 0.1,
     }
 
 
