@@ -1,4 +1,7 @@
-"""Train the runs of docs/verify/training.md and store their records: python experiments/study.py.
+"""Train the runs of docs/verify/training.md and store their records.
+
+    python experiments/study.py             whether the indexer learns, and what sparse training costs: on a CPU
+    python experiments/study.py --kernels   the kernels beside the reference, in two precisions: on a GPU
 
 A run whose folder holds it already is not trained again. Delete the folder to do so.
 """
@@ -17,6 +20,7 @@ from settings import Settings, add_options
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "experiments/results/cpu.json"
+KERNEL_RESULTS = ROOT / "experiments/results/h200.json"
 RUNS = ROOT / "experiments/runs"
 
 # A budget of exactly an eighth of the context, so that what a selection captures is comparable between runs.
@@ -46,19 +50,32 @@ STUDY = {
     "gsa_on": f"--variant gsa --init {{runs}}/gsa_warm {ON} {BEST} {FIXED}",
 }
 
+# One model, four ways: what two precisions of the reference differ by is the noise that the kernels are held against.
+KERNELS = {
+    f"{impl}_{dtype}": (
+        f"--variant gsa --steps 200 --device cuda --context 512 --batch 8 --d 256 --n-layers 4 --d-ff 688 --d-h 64 "
+        f"--d-I 64 --k-base 64 --k-min 16 --k-max 128 --checkpoint-every 200 --impl {impl} --dtype {dtype}"
+    )
+    for impl in ("reference", "fast")
+    for dtype in ("float32", "bfloat16")
+}
+
 
 def main(argv: list[str] | None = None) -> int:
     """Run the command line; returns the exit status."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--runs", type=Path, default=RUNS, help="folder of the runs")
-    parser.add_argument("--json", type=Path, default=RESULTS, help="file of the records")
+    parser.add_argument("--kernels", action="store_true", help="the runs on a GPU instead")
+    parser.add_argument("--json", type=Path, help="file of the records")
     options = parser.parse_args(argv)
-    for name, command in STUDY.items():
+    study = KERNELS if options.kernels else STUDY
+    for name, command in study.items():
         folder, settings = options.runs / name, parse(command, options.runs)
         if not finished(folder, settings):
             print(f"{name}: {command}", file=sys.stderr)
             train.train(settings, folder, resume=(folder / checkpoint.TENSORS).exists())
-    write(options.json, [record(options.runs / name, name, command) for name, command in STUDY.items()])
+    found = [record(options.runs / name, name, command, every=options.kernels) for name, command in study.items()]
+    write(options.json or (KERNEL_RESULTS if options.kernels else RESULTS), found)
     return 0
 
 
@@ -86,12 +103,15 @@ def log(folder: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (folder / checkpoint.LOG).read_text(encoding="utf-8").splitlines()]
 
 
-def record(folder: Path, name: str, command: str) -> dict[str, Any]:
-    """What a run was, and the lines of its log that have a validation loss."""
+def record(folder: Path, name: str, command: str, *, every: bool) -> dict[str, Any]:
+    """What a run was, and its log: the lines that have a validation loss, or every line with its losses alone."""
     settings, facts = checkpoint.read_run(folder)
     kept = {key: value for key, value in vars(settings).items() if key not in ("init", "text")}
     shown = f"python experiments/train.py --out experiments/runs/{name} {command.format(runs='experiments/runs')}"
-    lines = [line for line in log(folder) if "validation_loss" in line]
+    lines = [line for line in log(folder) if every or "validation_loss" in line]
+    if every:
+        losses = ("step", "loss", "indexer_kl", "validation_loss")
+        lines = [{key: line[key] for key in losses if key in line} for line in lines]
     return {"suite": "training", "name": name, "command": shown, "settings": kept, **facts, "log": lines}
 
 

@@ -504,6 +504,17 @@ def with_runs(tmp_path: Path) -> Path:
     ]
     (tmp_path / learning.TRAINING).parent.mkdir(parents=True)
     (tmp_path / learning.TRAINING).write_text(json.dumps(found))
+    kernels = [
+        run(f"{impl}_{dtype}", "gsa", 2.0, loss=loss, indexer_kl=2 * loss) | {"settings": sizes | settings | more}
+        for impl, dtype, loss in (
+            ("reference", "float32", 1.0),
+            ("reference", "bfloat16", 1.25),
+            ("fast", "float32", 0.5),
+        )
+        for more in ({"impl": impl, "dtype": dtype, "batch": 2, "k_base": 4},)
+    ]
+    kernels[1]["log"] = kernels[1]["log"][:1]  # it did not get as far
+    (tmp_path / learning.KERNELS).write_text(json.dumps(kernels))
     return tmp_path
 
 
@@ -528,14 +539,20 @@ def test_training_tables_show_the_records(with_runs: Path):
     assert "| dense | 2.000 | 50.0% | – | – |" in show["training_variants"]
     assert "| gated | 1.900 | 12.5% | 0.400 | 0.300 |" in show["training_variants"]
     assert "\npython x --out warm_a\n" in show["training_commands"]
+    assert show["training_kernels"].splitlines()[-3:] == [
+        "| reference | float32 | 5 | – | – |",
+        "| reference | bfloat16 | 0 | 0.2500 | 0.5000 |",
+        "| `gsa_fast` | float32 | 5 | 0.5000 | 1.0000 |",
+    ]
 
 
 def test_stored_training_records_have_the_expected_form():
     if not (ROOT / learning.TRAINING).is_file():
         pytest.skip("no record is stored")
     assert all(make(ROOT) for make in learning.DIRECTIVES.values())
-    text = (ROOT / learning.TRAINING).read_text(encoding="utf-8")
-    assert not re.search(r"/(home|root|tmp|work|usr)/", text)  # no path of a machine
+    for path in (learning.TRAINING, learning.KERNELS):
+        text = (ROOT / path).read_text(encoding="utf-8")
+        assert not re.search(r"/(home|root|tmp|work|usr)/", text)  # no path of a machine
 
 
 def draw_performance(root: Path, out: Path) -> subprocess.CompletedProcess[str]:

@@ -5,6 +5,7 @@ from pathlib import Path
 from speed import Record, load, missing, table
 
 TRAINING = "experiments/results/cpu.json"
+KERNELS = "experiments/results/h200.json"
 DENSE = "dense"
 # What goes on from a trained model: what it is compared with, the run, and what sets it apart.
 ON = (
@@ -60,6 +61,27 @@ def training_setup(root: Path) -> str:
     for field in dict.fromkeys((r["text"]["name"], r["text"]["sha256"], r["text"]["train_tokens"]) for r in found):
         lines.append(f"- text: {field[0]}, SHA-256 `{field[1]}`, {field[2]:,} tokens to train on")
     return "\n".join(lines)
+
+
+def training_kernels(root: Path) -> str:
+    """`{{ training_kernels }}`: how far the losses of the runs on a GPU lie from those of the reference in float32."""
+    found = {(r["settings"]["impl"], r["settings"]["dtype"]): r for r in load(root, KERNELS)}
+    base = found.get(("reference", "float32"))
+    if base is None:
+        return missing(KERNELS)
+    rows = []
+    for (impl, dtype), run in found.items():
+        row = ["`gsa_fast`" if impl == "fast" else "reference", dtype, str(run["log"][-1]["step"])]
+        for name in ("loss", "indexer_kl"):
+            pairs = zip(run["log"], base["log"], strict=False)  # as far as both runs went
+            differences = [a[name] - b[name] for a, b in pairs if name in a and name in b]
+            rms = (sum(d * d for d in differences) / len(differences)) ** 0.5
+            row += ["–"] if run is base else [f"{rms:.4f}"]
+        rows.append(row)
+    header = ["by", "dtype", "steps", "loss, rms difference", "indexer's loss, rms difference"]
+    sizes = ", ".join(f"{n} = {base['settings'][n]}" for n in ("d", "n_layers", "context", "batch", "k_base"))
+    where = f"From `{KERNELS}`: {base['device']}, torch {base['torch']}, {sizes}."
+    return "\n".join([where, "", table(header, rows, left=2)])
 
 
 def training_model(root: Path) -> str:
@@ -181,6 +203,6 @@ DIRECTIVES = {
     f.__name__: f
     for f in (
         training_setup, training_model, training_context, training_warm_up, training_steps, training_on,
-        training_variants, training_commands,
+        training_kernels, training_variants, training_commands,
     )
 }  # fmt: skip
