@@ -504,15 +504,11 @@ def with_runs(tmp_path: Path) -> Path:
     ]
     (tmp_path / learning.TRAINING).parent.mkdir(parents=True)
     (tmp_path / learning.TRAINING).write_text(json.dumps(found))
-    kernels = [
-        run(f"{impl}_{dtype}", "gsa", 2.0, loss=loss, indexer_kl=2 * loss) | {"settings": sizes | settings | more}
-        for impl, dtype, loss in (
-            ("reference", "float32", 1.0),
-            ("reference", "bfloat16", 1.25),
-            ("fast", "float32", 0.5),
-        )
-        for more in ({"impl": impl, "dtype": dtype, "batch": 2, "k_base": 4},)
-    ]
+    kernels = []
+    for impl, dtype, loss in (("reference", "float32", 1.0), ("reference", "bfloat16", 1.25), ("fast", "float32", 0.5)):
+        kernels.append(run(f"{impl}_{dtype}", "gsa", 2.0, indexer_kl=2 * loss))
+        kernels[-1]["settings"] = settings | {"impl": impl, "dtype": dtype, "batch": 2, "k_base": 4}
+        kernels[-1]["log"] = [line | {"loss": loss} for line in kernels[-1]["log"]]
     kernels[1]["log"] = kernels[1]["log"][:1]  # it did not get as far
     (tmp_path / learning.KERNELS).write_text(json.dumps(kernels))
     return tmp_path
