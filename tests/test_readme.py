@@ -15,7 +15,7 @@ BLOCKS = re.findall(r"^```python\n(.*?)^```", README, re.DOTALL | re.MULTILINE)
 
 
 def test_readme_examples_run():
-    assert len(BLOCKS) == 3
+    assert len(BLOCKS) == 4
     # In one process and in order, as a reader would type them; without Triton only the reference's example can run.
     code = "\n".join(b for b in BLOCKS if find_spec("triton") or "gsa_fast" not in b)
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
