@@ -294,7 +294,7 @@ MUTANTS = [
         "gates",
         "gates.py",
         ("gate without sigmoid", "x * stable_sigmoid(gate)", "x * gate"),
-        ("gate read with the strides of x", "i2 * stride_g2", "i2 * stride_x2"),
+        ("gate read with the strides of x", "gate = tl.load(p_gate, mask=inside, other=0.0).to(tl.float32)\n    tl.store(out_ptr", "gate = tl.load(gate_ptr + (p_x - x_ptr), mask=inside, other=0.0).to(tl.float32)\n    tl.store(out_ptr"),
         ("gate skips the last elements", "inside = i < n_elements", "inside = i < n_elements - 1"),
     ),
     *_of(
@@ -335,7 +335,7 @@ MUTANTS = [
         ("decode counts ties as better", "(both & 0xFFFF)", "(both & 0xFFFF) - ties"),
         ("decode smallest group forgotten", "-smallest, n_groups, largest", "largest, n_groups, largest"),
         ("decode takes every tie", "(greater | (equal & (position <= last_tie)))", "(greater | (equal & (position >= 0)))"),
-        ("decode takes the last ties", "mirrored = tl.where(equal, last_tie - position, -1)", "mirrored = tl.where(equal, position, -1)"),
+        ("decode takes the last ties", "mirrored = tl.where(equal, last_tie - tie, -1)", "mirrored = tl.where(equal, tie, -1)"),
         ("decode row bisection above the threshold", "total += ((key > threshold) | ((key == threshold)", "total += ((key > threshold + 1) | ((key == threshold)"),
         ("decode row ties one position short", "n_visible, low, middle, MEMBERS", "n_visible, low, middle + 1, MEMBERS"),
         ("decode row writes one block", "        written += tl.sum(take, axis=0)", "        written += 0"),

@@ -5,6 +5,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).parents[1]
 SAMPLE = [
     "one key of the future",
@@ -58,6 +60,7 @@ def test_every_fault_changes_the_one_line_that_it_names(tmp_path):
     assert len(names) == len(set(names)) >= 12
 
 
+@pytest.mark.timeout(1800)  # the unchanged copy runs the checks of every stem, and a fault may end by its own timeout
 def test_a_sample_of_the_faults_turns_verify_red():
     done = run("-m", "tests.mutants", "--jobs", "1", *(word for name in SAMPLE for word in ("--only", name)))
     assert done.returncode == 0, done.stdout + done.stderr

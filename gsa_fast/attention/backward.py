@@ -49,6 +49,7 @@ def attend_backward(
 
     `out` and `lse` are what the forward pass returned, both contiguous.
     """
+    out, lse = out.contiguous(), lse.contiguous()  # as the forward pass made them
     (B, L, H, d_h), (S, H_kv), K = q.shape, k.shape[1:3], indices.shape[-1]
     device, group = q.device, H // H_kv
     gate = output_gate_logits

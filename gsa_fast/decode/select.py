@@ -129,9 +129,9 @@ def select_from_candidates(
     ties_wanted = kappa - (both & 0xFFFF)
     last_tie = 0x7FFFFFFF
     if ties > ties_wanted:  # the lowest positions come first
-        mirrored = tl.where(equal, last_tie - position, -1)
-        nearest = tl.max(tl.where(equal, position, 0), axis=0)
-        last_tie -= threshold_key(mirrored, last_tie - nearest, ties, tl.max(mirrored, axis=0), ties_wanted)
+        tie = tl.where(equal, position, 0)  # what lies in an unused place may be any number
+        mirrored = tl.where(equal, last_tie - tie, -1)
+        last_tie -= threshold_key(mirrored, last_tie - tl.max(tie, axis=0), ties, tl.max(mirrored, axis=0), ties_wanted)
     take = (greater | (equal & (position <= last_tie))).to(tl.int32)
     before, _ = count_before(tl.reshape(take, [SHARDS * USED // COLUMNS, COLUMNS]))
     store_where(p_indices, tl.reshape(before, [SHARDS * USED]), position, take == 1)

@@ -455,8 +455,25 @@ def op_arguments(name: str, device: str, B: int, L: int, gate: bool) -> tuple[An
             start,
             tensor(B, L, 4, 8) if gate else None,
             0.35,
+            True,
+        ),
+        "sparse_attention_backward": (
+            tensor(B, L, 4, 8),
+            tensor(B, L, 4) if gate else None,
+            tensor(B, L, 4, 8),
+            tensor(B, S, 2, 8),
+            tensor(B, S, 2, 8),
+            indices,
+            counts,
+            start,
+            tensor(B, L, 4, 8) if gate else None,
+            tensor(B, L, 4, 8),
+            tensor(B, L, 4),
+            0.35,
+            gate,
         ),
         "apply_gate": (tensor(B, L, 3), tensor(B, L, 3)),
+        "apply_gate_backward": (tensor(B, L, 3), tensor(B, L, 3), tensor(B, L, 3)),
         "decode_attention": (
             tensor(B, L, 4, 8), tensor(B, S, 2, 8), tensor(B, S, 2, 8), *indexer, torch.tensor(0.01, device=device),
             start, lengths, tensor(B, L, 4, 8) if gate else None, 0.35, 0.5, 3, 1, 4, "proportional", False, 4
@@ -476,12 +493,14 @@ OPS = (
     "select_tokens",
     "indexed_selection",
     "sparse_attention",
+    "sparse_attention_backward",
     "apply_gate",
+    "apply_gate_backward",
     "decode_attention",
     "indexer_kl_loss",
 )
 OP_CALLS = [(name, False) for name in OPS] + [
-    (name, True) for name in ("sparse_attention", "decode_attention", "indexer_kl_loss")
+    (name, True) for name in ("sparse_attention", "sparse_attention_backward", "decode_attention", "indexer_kl_loss")
 ]
 
 
