@@ -295,7 +295,7 @@ MUTANTS = [
         "gates.py",
         ("gate without sigmoid", "x * stable_sigmoid(gate)", "x * gate"),
         ("gate read with the strides of x", "gate = tl.load(p_gate, mask=inside, other=0.0).to(tl.float32)\n    tl.store(out_ptr", "gate = tl.load(gate_ptr + (p_x - x_ptr), mask=inside, other=0.0).to(tl.float32)\n    tl.store(out_ptr"),
-        ("gate skips the last elements", "inside = i < n_elements", "inside = i < n_elements - 1"),
+        ("gate skips the last elements", "to(out_ptr.dtype.element_ty), mask=inside)", "to(out_ptr.dtype.element_ty), mask=inside & (i < n_elements - 1))"),
     ),
     *_of(
         "decode",
