@@ -150,7 +150,7 @@ MUTANTS = [
         ("NaN variance trusted", " | (variance != variance)", ""),
         ("place of the second split off by one", "segment - 1 - (slot - before)", "segment - (slot - before)"),
         ("second split read forwards", "segment - 1 - (slot - before)", "(slot - before)"),
-        ("one tie too many from the shortlist", "ties_wanted = kappa - tl.sum(greater, axis=0)", "ties_wanted = kappa + 1 - tl.sum(greater, axis=0)"),
+        ("one tie too few from the shortlist", "ties_wanted = kappa - tl.sum(greater, axis=0)", "ties_wanted = kappa - 1 - tl.sum(greater, axis=0)"),
         ("ties of the shortlist not counted", "counts = (equal << 16) + greater", "counts = greater"),
         ("shortlist counts above its threshold", "count = tl.sum((key >= middle)", "count = tl.sum((key > middle)"),
         ("shortlist tail starts one slot late", "mask=(slot >= kappa) & (slot < K)", "mask=(slot > kappa) & (slot < K)"),

@@ -15,7 +15,7 @@ SAMPLE = [
     "count one key too many",
     "sample variance",
     "inverse rule",
-    "one tie too many from the shortlist",
+    "one tie too few from the shortlist",
     "shortlist chunks start",
     "runs on one another",
     "union chunks start",
