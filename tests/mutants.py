@@ -294,7 +294,7 @@ MUTANTS = [
         "gates",
         "gates.py",
         ("gate without sigmoid", "x * stable_sigmoid(gate)", "x * gate"),
-        ("gate read with the strides of x", "gate = tl.load(p_gate, mask=inside, other=0.0).to(tl.float32)\n    tl.store(out_ptr", "gate = tl.load(gate_ptr + (p_x - x_ptr), mask=inside, other=0.0).to(tl.float32)\n    tl.store(out_ptr"),
+        ("gate read with the strides of x", "i2 * stride_g2 + i3 * stride_g3\n    x = tl.load", "i2 * stride_x2 + i3 * stride_g3\n    x = tl.load"),
         ("gate skips the last elements", "to(out_ptr.dtype.element_ty), mask=inside)", "to(out_ptr.dtype.element_ty), mask=inside & (i < n_elements - 1))"),
     ),
     *_of(
