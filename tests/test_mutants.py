@@ -16,7 +16,6 @@ SAMPLE = [
     "sample variance",
     "inverse rule",
     "one tie too few from the shortlist",
-    "shortlist chunks start",
     "runs on one another",
     "union chunks start",
     "future slots attended",
