@@ -14,6 +14,16 @@ from gsa_ref._arguments import check_gate_arguments
 
 
 @triton.jit
+def unravel(i, n1, n2, n3):
+    """The four indices of element i of a contiguous tensor whose last three axes are n1, n2 and n3 long."""
+    i3 = i % n3
+    i2 = (i // n3) % n2
+    i1 = (i // n3 // n2) % n1
+    i0 = i // n3 // n2 // n1
+    return i0, i1, i2, i3
+
+
+@triton.jit
 def apply_gate_kernel(
     x_ptr, gate_ptr, out_ptr,
     stride_x0, stride_x1, stride_x2, stride_x3,
@@ -24,10 +34,7 @@ def apply_gate_kernel(
     """out = x ⊙ σ(gate), computed in float32 and rounded once; out is contiguous, x and gate have any strides."""
     i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)  # [BLOCK] flat index of the output
     inside = i < n_elements
-    i3 = i % n3
-    i2 = (i // n3) % n2
-    i1 = (i // n3 // n2) % n1
-    i0 = i // n3 // n2 // n1
+    i0, i1, i2, i3 = unravel(i, n1, n2, n3)
     p_x = x_ptr + i0 * stride_x0 + i1 * stride_x1 + i2 * stride_x2 + i3 * stride_x3
     p_gate = gate_ptr + i0 * stride_g0 + i1 * stride_g1 + i2 * stride_g2 + i3 * stride_g3
     x = tl.load(p_x, mask=inside, other=0.0).to(tl.float32)
@@ -47,10 +54,7 @@ def apply_gate_backward_kernel(
     """dx = dout ⊙ σ(g) and dg = dout ⊙ x ⊙ σ(g) σ(−g), because σ' = σ(1 − σ); both are contiguous."""
     i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)  # [BLOCK] flat index of the output
     inside = i < n_elements
-    i3 = i % n3
-    i2 = (i // n3) % n2
-    i1 = (i // n3 // n2) % n1
-    i0 = i // n3 // n2 // n1
+    i0, i1, i2, i3 = unravel(i, n1, n2, n3)
     p_dout = dout_ptr + i0 * stride_o0 + i1 * stride_o1 + i2 * stride_o2 + i3 * stride_o3
     p_x = x_ptr + i0 * stride_x0 + i1 * stride_x1 + i2 * stride_x2 + i3 * stride_x3
     p_gate = gate_ptr + i0 * stride_g0 + i1 * stride_g1 + i2 * stride_g2 + i3 * stride_g3
