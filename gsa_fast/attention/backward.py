@@ -47,9 +47,9 @@ def attend_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     """dq, dk, dv and the gradient of the output gate's logits, in the dtypes of what they belong to.
 
-    `out` and `lse` are what the forward pass returned, both contiguous.
+    `out` and `lse` are what the forward pass returned.
     """
-    out, lse = out.contiguous(), lse.contiguous()  # as the forward pass made them
+    out, lse = out.contiguous(), lse.contiguous()  # no copy of what the forward pass made
     (B, L, H, d_h), (S, H_kv), K = q.shape, k.shape[1:3], indices.shape[-1]
     device, group = q.device, H // H_kv
     gate = output_gate_logits
