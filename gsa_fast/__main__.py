@@ -4,8 +4,6 @@ import argparse
 import json
 import os
 import sys
-import warnings
-from contextlib import nullcontext
 from pathlib import Path
 
 import torch
@@ -16,7 +14,6 @@ from gsa_fast.bench import decode, prefill, records, train
 from gsa_fast.selection import SIGMOID_MODES
 from gsa_fast.verification import long, long_gradients, run
 from gsa_fast.verification.compile import SHARED_MEMORY_LIMIT, compile_shipped
-from gsa_fast.verification.interpreter import enable_interpreter_checks, small_tiles
 from gsa_ref import GSAConfig
 from gsa_ref.cases import Case
 
@@ -48,6 +45,7 @@ def main(argv: list[str] | None = None) -> int:
     verify.add_argument("--dtype", action="append", choices=run.DTYPES, help="only this dtype (may be repeated)")
     verify.add_argument("--examples", type=int, metavar="N", help="cases per stem and dtype")
     verify.add_argument("--seed", type=int, default=0, metavar="N", help="seed of the cases (default 0)")
+    verify.add_argument("--jobs", type=int, metavar="N", help="processes that share the cases (default 1)")
     verify.add_argument("--json", type=Path, metavar="FILE", help="also write the results as a record")
     verify.add_argument("--case", metavar="JSON", help="run this one case, as a failure prints it")
     long_ = verify.add_argument_group("one long sequence, on a GPU")
@@ -120,18 +118,17 @@ def run_verify(parser: argparse.ArgumentParser, options: argparse.Namespace, com
     """The `verify` command."""
     if options.examples is not None and options.examples < 1:
         parser.error(f"argument --examples: expected a number ≥ 1, got {options.examples}")
+    if options.jobs is not None and options.jobs < 1:
+        parser.error(f"argument --jobs: expected a number ≥ 1, got {options.jobs}")
 
     for name in ("rows", "reruns", "kv_heads", "sigmoid_mode", "gradients"):
         if getattr(options, name) not in (None, False):
             parser.error(f"argument --{name.replace('_', '-')}: belongs to --length")
 
     device = "cpu" if INTERPRETED else "cuda"
-    tiles = small_tiles() if INTERPRETED else nullcontext()
     if device == "cpu":
         if options.dtype and "bfloat16" in options.dtype:
             parser.error("argument --dtype: bfloat16 needs a GPU (the Triton interpreter computes it on raw bits)")
-        enable_interpreter_checks()
-        warnings.filterwarnings("ignore", category=RuntimeWarning, module="triton.runtime.interpreter")
         torch.set_num_threads(1)  # the tensors are small: threads only cost
         where = "the CPU, in the Triton interpreter"
     else:
@@ -144,7 +141,7 @@ def run_verify(parser: argparse.ArgumentParser, options: argparse.Namespace, com
             parser.error(f"argument --case: {error}")
         row = run.Row(case.stem, getattr(case, "dtype", "float32"), cases=1)
         try:
-            with tiles:
+            with run.prepared(device):
                 run.check_case(case, device, row)
         except AssertionError as error:
             print(f"FAIL on {where}: {error}")
@@ -162,8 +159,8 @@ def run_verify(parser: argparse.ArgumentParser, options: argparse.Namespace, com
         examples = dict.fromkeys(stems, options.examples)
 
     print(f"Checking the kernels of gsa_fast against gsa_ref on {where}, seed {options.seed}.", flush=True)
-    with tiles:
-        rows = run.verify(stems, dtypes, device, examples, options.seed)
+    with run.prepared(device):
+        rows = run.verify(stems, dtypes, device, examples, options.seed, 1 if options.jobs is None else options.jobs)
     if not rows:
         parser.error(f"nothing to check: {' and '.join(stems)} read float32 scores, got --dtype {' '.join(dtypes)}")
     print(run.format_table(rows))
@@ -182,7 +179,7 @@ def run_verify(parser: argparse.ArgumentParser, options: argparse.Namespace, com
 
 def run_verify_length(parser: argparse.ArgumentParser, options: argparse.Namespace, command: str) -> int:
     """The `verify --length` command."""
-    for name in ("quick", "stem", "dtype", "examples", "case"):
+    for name in ("quick", "stem", "dtype", "examples", "case", "jobs"):
         if getattr(options, name):
             parser.error(f"argument --{name}: chooses among small cases, and --length runs none")
     rows = 2048 if options.rows is None else options.rows

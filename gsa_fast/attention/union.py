@@ -275,21 +275,21 @@ def attend_unions(
         tiles = triton.cdiv(rows, queries)
         write_selection_bits(indices, counts, start, bits, occupied, first_row, rows, S, queries)
         write_unions(bits, start, positions, masks, sizes, first_row, rows, capacity, S, queries, block_n)
+        sizes_of_chunk = first_row, rows, L, H_kv, tiles, B * tiles, capacity, scale * LOG2_E
+        repairs = (triton.cdiv(B * tiles * H_kv, BLOCK_BROKEN),)
         if on_hopper:
-            union_hopper.union_attention_hopper_kernel[(B * tiles * H_kv,)](
-                *tensors[:-1], *(stride for x in (q, k, v, gate) for stride in x.stride()[:3]),
-                first_row, rows, L, H_kv, tiles, B * tiles, capacity, scale * LOG2_E,
-                **of_tile, NARROW=narrow, num_warps=union_hopper.NUM_WARPS,
-            )  # fmt: skip
+            contiguous_strides = (stride for x in (q, k, v, gate) for stride in x.stride()[:3])
+            arguments = *tensors, *contiguous_strides, *sizes_of_chunk
+            options = of_tile | {"NARROW": narrow, "num_warps": union_hopper.NUM_WARPS}
+            union_hopper.union_attention_hopper_kernel[(B * tiles * H_kv,)](*arguments, **options)
+            union_hopper.union_hopper_repair_kernel[repairs](*arguments, **options, BLOCK_I=BLOCK_BROKEN)
         else:
-            union_attention_kernel[(B * tiles * H_kv,)](
-                *tensors, *strides, first_row, rows, L, H_kv, tiles, B * tiles, capacity, scale * LOG2_E,
-                **constants, num_warps=num_warps, num_stages=pipeline_stages(block_n, block_d, q.dtype),
-            )  # fmt: skip
-        union_repair_kernel[(triton.cdiv(B * tiles * H_kv, BLOCK_BROKEN),)](
-            *tensors, *strides, first_row, rows, L, H_kv, tiles, B * tiles, capacity, scale * LOG2_E,
-            **constants, BLOCK_I=BLOCK_BROKEN, num_warps=num_warps, num_stages=1,
-        )  # fmt: skip
+            arguments = *tensors, *strides, *sizes_of_chunk
+            stages = pipeline_stages(block_n, block_d, q.dtype)
+            union_attention_kernel[(B * tiles * H_kv,)](*arguments, **constants, num_warps=num_warps, num_stages=stages)
+            union_repair_kernel[repairs](
+                *arguments, **constants, BLOCK_I=BLOCK_BROKEN, num_warps=num_warps, num_stages=1
+            )
         attend_nonfinite_rows(
             q, k, v, indices, counts, start, gate, scale, out, lse, broken, nonfinite,
             first_row, rows, queries, output_gate_logits is not None,

@@ -42,15 +42,26 @@ def load_words(p_masks, r, block, blocks, QUERIES: gl.constexpr):
 
 
 @gluon.jit
+def is_selected(low, high, column):
+    """Whether a row selected a key of a block, from the row's two words: [BLOCK_M, BLOCK_N]."""
+    word = gl.where((column < 32)[None, :], low[:, None], high[:, None])
+    return ((word >> (column % 32)[None, :]) & 1) != 0
+
+
+@gluon.jit
+def nonfinite(x):
+    """1 where x is NaN or infinite."""
+    return (~(gl.abs(x.to(gl.float32)) < float("inf"))).to(gl.int32)
+
+
+@gluon.jit
 def softmax_update(m, l, logits, low, high, column, scale_log2):
     """Fold one block of logits into m, the running maximum, and l, the running sum.
 
     Also the factor for what was summed before, and the block's weights p. While a row has seen no key, m is −inf: 0
     stands in for it, so that 2^(−inf − m) is 0 and not NaN.
     """
-    word = gl.where((column < 32)[None, :], low[:, None], high[:, None])
-    selected = ((word >> (column % 32)[None, :]) & 1) != 0
-    logits = gl.where(selected, logits, float("-inf"))
+    logits = gl.where(is_selected(low, high, column), logits, float("-inf"))
     m_new = gl.maximum(m, gl.max(logits, axis=1))
     m_safe = gl.where(m_new == float("-inf"), 0.0, m_new * scale_log2)
     rescale = gl.exp2(m * scale_log2 - m_safe)
@@ -59,18 +70,20 @@ def softmax_update(m, l, logits, low, high, column, scale_log2):
 
 
 @gluon.jit
-def union_attention_hopper_kernel(
+def attend_union(
+    tile, h_kv,
     q_ptr, k_ptr, v_ptr, positions_ptr, masks_ptr, sizes_ptr, occupied_ptr,
-    gate_ptr, out_ptr, lse_ptr, broken_ptr,
+    gate_ptr, out_ptr, lse_ptr, broken_ptr, nonfinite_ptr,
     stride_qb, stride_ql, stride_qh,
     stride_kb, stride_ks, stride_kh,
     stride_vb, stride_vs, stride_vh,
     stride_gb, stride_gl, stride_gh,
-    first_row, rows, L, H_kv, tiles, n_tiles, capacity, scale_log2,
+    first_row, rows, L, H_kv, tiles, capacity, scale_log2,
     QUERIES: gl.constexpr, GROUP: gl.constexpr, d_h: gl.constexpr,
     BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, OUTPUT_GATE: gl.constexpr, NARROW: gl.constexpr,
+    REPAIR: gl.constexpr,
 ):  # fmt: skip
-    """One program per tile and key/value head, as `union.union_attention_kernel`.
+    """One tile for one key/value head, as `union.attend_union`.
 
     scale_log2 is positive and channels are contiguous. In iteration i the matrix units multiply the queries with K of
     block i + 1, and the weights of block i with its V, while the copies for later blocks are issued and, as soon as the
@@ -84,9 +97,6 @@ def union_attention_hopper_kernel(
     of_p: gl.constexpr = gl.DotOperandLayout(0, of_out, 2)
     swizzled: gl.constexpr = gl.NVMMASharedLayout.get_default_for([BLOCK_N, d_h], dtype)
 
-    pid = gl.program_id(0).to(gl.int64)
-    tile = n_tiles - 1 - pid % n_tiles
-    h_kv = pid // n_tiles
     b = tile // tiles
     channel = gl.arange(0, d_h, gl.SliceLayout(0, load))
     slot = gl.arange(0, BLOCK_N, gl.SliceLayout(1, load))  # key of a block, as the copies see it
@@ -137,12 +147,22 @@ def union_attention_hopper_kernel(
     low, high = load_words(p_masks, r, 0, blocks, QUERIES)
     m, l, rescale, p = softmax_update(m, l, logits, low, high, column, scale_log2)
     low, high = load_words(p_masks, r, 1, blocks, QUERIES)
+    bad_rows = gl.zeros([BLOCK_M], gl.int32, gl.SliceLayout(1, of_logits))
     this = 0  # i % BUFFERS
     for i in range(blocks):
         following = gl.where(this == BUFFERS - 1, 0, this + 1)
         acc = acc * gl.convert_layout(rescale, gl.SliceLayout(1, of_out))[:, None]
         async_copy.wait_group(1)  # K of block i + 1, V of block i
         barrier()  # they are there for everybody, and everybody is done with K of block i and V of block i − 1
+        if REPAIR:
+            b_v = s_v.index(this).load(load)  # [BLOCK_N, d_h]
+            bad = gl.max(nonfinite(b_v), axis=1)
+            s_v.index(this).store(gl.where((bad == 0)[:, None], b_v, 0.0).to(dtype))
+            of_row = gl.convert_layout(bad, gl.SliceLayout(0, of_logits))[None, :]
+            words = load_words(p_masks, r, i, blocks, QUERIES)
+            bad_rows = bad_rows | gl.max(gl.where(is_selected(words[0], words[1], column), of_row, 0), axis=1)
+            fence_async_shared()
+            barrier()
         next_logits = warpgroup_mma(s_q, s_k.index(following).permute((1, 0)), zeros, use_acc=False, is_async=True)
         under_way = warpgroup_mma(gl.convert_layout(p.to(dtype), of_p), s_v.index(this), acc, is_async=True)
         copy_rows(s_k.index(this), p_k, of_k, stride_ks, i + 3 < blocks, NARROW)
@@ -159,10 +179,14 @@ def union_attention_hopper_kernel(
     async_copy.wait_group(0)
 
     # Normalise, gate (Eq. 10) and write, as `rows.store_rows`.
-    nonfinite = (~(gl.abs(acc) < float("inf"))).to(gl.int32)
-    gl.store(broken_ptr + tile * H_kv + h_kv, gl.max(gl.max(nonfinite, axis=1), axis=0))
     row = tile % tiles * QUERIES + r // GROUP
     keep = (r // GROUP < QUERIES) & (row < rows)
+    if REPAIR:
+        gl.store(nonfinite_ptr + (b * rows + row) * H_kv + h_kv, bad_rows, mask=keep)
+        keep = keep & (bad_rows == 0)
+        q_mask = q_mask & (gl.convert_layout(bad_rows, gl.SliceLayout(1, load)) == 0)[:, None]
+    else:
+        gl.store(broken_ptr + tile * H_kv + h_kv, gl.max(gl.max(nonfinite(acc), axis=1), axis=0))
     empty = gl.load(occupied_ptr + b * rows + row, mask=keep, other=0) == 0
     l_safe = gl.where(empty, 1.0, l)
     lse = gl.where(empty, float("-inf"), (m * scale_log2 + gl.log2(l_safe)) * LN_2)
@@ -176,6 +200,69 @@ def union_attention_hopper_kernel(
         out = out * stable_sigmoid(gate.to(gl.float32))
     out_row = (b * L + t_load) * H_kv * GROUP + head_load
     gl.store(out_ptr + out_row[:, None] * d_h + channel[None, :], out.to(dtype), mask=q_mask)
+
+
+@gluon.jit
+def union_attention_hopper_kernel(
+    q_ptr, k_ptr, v_ptr, positions_ptr, masks_ptr, sizes_ptr, occupied_ptr,
+    gate_ptr, out_ptr, lse_ptr, broken_ptr, nonfinite_ptr,
+    stride_qb, stride_ql, stride_qh,
+    stride_kb, stride_ks, stride_kh,
+    stride_vb, stride_vs, stride_vh,
+    stride_gb, stride_gl, stride_gh,
+    first_row, rows, L, H_kv, tiles, n_tiles, capacity, scale_log2,
+    QUERIES: gl.constexpr, GROUP: gl.constexpr, d_h: gl.constexpr,
+    BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, OUTPUT_GATE: gl.constexpr, NARROW: gl.constexpr,
+):  # fmt: skip
+    """One program per tile and key/value head, as `union.union_attention_kernel`."""
+    pid = gl.program_id(0).to(gl.int64)
+    attend_union(
+        n_tiles - 1 - pid % n_tiles, pid // n_tiles,
+        q_ptr, k_ptr, v_ptr, positions_ptr, masks_ptr, sizes_ptr, occupied_ptr,
+        gate_ptr, out_ptr, lse_ptr, broken_ptr, nonfinite_ptr,
+        stride_qb, stride_ql, stride_qh,
+        stride_kb, stride_ks, stride_kh,
+        stride_vb, stride_vs, stride_vh,
+        stride_gb, stride_gl, stride_gh,
+        first_row, rows, L, H_kv, tiles, capacity, scale_log2,
+        QUERIES, GROUP, d_h, BLOCK_M, BLOCK_N, OUTPUT_GATE, NARROW, False,
+    )  # fmt: skip
+
+
+@gluon.jit
+def union_hopper_repair_kernel(
+    q_ptr, k_ptr, v_ptr, positions_ptr, masks_ptr, sizes_ptr, occupied_ptr,
+    gate_ptr, out_ptr, lse_ptr, broken_ptr, nonfinite_ptr,
+    stride_qb, stride_ql, stride_qh,
+    stride_kb, stride_ks, stride_kh,
+    stride_vb, stride_vs, stride_vh,
+    stride_gb, stride_gl, stride_gh,
+    first_row, rows, L, H_kv, tiles, n_tiles, capacity, scale_log2,
+    QUERIES: gl.constexpr, GROUP: gl.constexpr, d_h: gl.constexpr,
+    BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, OUTPUT_GATE: gl.constexpr, NARROW: gl.constexpr,
+    BLOCK_I: gl.constexpr,
+):  # fmt: skip
+    """As `union.union_repair_kernel`. The arithmetic is that of the first pass: a row of the tile that selected nothing
+    but finite values gets the same bits again.
+    """
+    first = gl.program_id(0).to(gl.int64) * BLOCK_I
+    end = gl.minimum(first + BLOCK_I, n_tiles * H_kv)
+    item = first + gl.arange(0, BLOCK_I, gl.BlockedLayout([1], [32], [4], [0]))
+    if gl.max(gl.load(broken_ptr + item, mask=item < end, other=0), axis=0) != 0:
+        for i in range(first, end):
+            if gl.load(broken_ptr + i) != 0:
+                barrier()  # everybody is done with the shared memory of the tile before
+                attend_union(
+                    i // H_kv, i % H_kv,
+                    q_ptr, k_ptr, v_ptr, positions_ptr, masks_ptr, sizes_ptr, occupied_ptr,
+                    gate_ptr, out_ptr, lse_ptr, broken_ptr, nonfinite_ptr,
+                    stride_qb, stride_ql, stride_qh,
+                    stride_kb, stride_ks, stride_kh,
+                    stride_vb, stride_vs, stride_vh,
+                    stride_gb, stride_gl, stride_gh,
+                    first_row, rows, L, H_kv, tiles, capacity, scale_log2,
+                    QUERIES, GROUP, d_h, BLOCK_M, BLOCK_N, OUTPUT_GATE, NARROW, True,
+                )  # fmt: skip
 
 
 def on_hopper(device: torch.device) -> bool:

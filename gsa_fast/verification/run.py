@@ -3,8 +3,12 @@
 import platform
 import subprocess
 import time
-from collections.abc import Callable
-from dataclasses import asdict, dataclass
+import warnings
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +19,7 @@ from hypothesis import HealthCheck, Phase, Verbosity
 from tqdm import tqdm
 
 from gsa_fast.verification.checks import CHECKS
+from gsa_fast.verification.interpreter import enable_interpreter_checks, small_tiles
 from gsa_ref.cases import STRATEGIES, Case, DecodeCase, Limits
 
 # Stems that read float32 scores, whatever the dtype of the model.
@@ -37,6 +42,8 @@ GPU_LAYER_LIMITS = Limits(B=2, L=2048, S=384, heads=2, group=4, width=128, lengt
 GPU_TRAINING_LIMITS = Limits(B=2, L=1024, S=1536, heads=2, group=4, width=256, lengths=(1, 5, 64, 65, 130, 257, 1000))
 
 SHRINK_SECONDS = 20.0
+SHARD_CASES = 50
+SHARDS_PER_SEED = 1000
 
 
 @dataclass
@@ -133,24 +140,89 @@ def verify_row(
     return row
 
 
-def verify(
+@dataclass(frozen=True)
+class Shard:
+    """Some of the cases of one row: shards are what processes share."""
+
+    stem: str
+    dtype: str
+    device: str
+    examples: int
+    seed: int
+
+
+def shards_of(
     stems: tuple[str, ...], dtypes: tuple[str, ...], device: str, examples: dict[str, int], seed: int
+) -> list[Shard]:
+    """The cases of every row, at most SHARD_CASES at a time, each shard with its own seed."""
+    shards = []
+    for stem in stems:
+        kept = [dtype for dtype in dtypes if dtype == "float32" or stem not in SCORE_STEMS]
+        for dtype in kept:
+            for i, first in enumerate(range(0, examples[stem], SHARD_CASES)):
+                n = min(SHARD_CASES, examples[stem] - first)
+                shards.append(Shard(stem, dtype, device, n, SHARDS_PER_SEED * seed + i))
+    return shards
+
+
+def verify_shard(shard: Shard) -> Row:
+    """One shard in a process of its own."""
+    torch.set_num_threads(1)
+    with prepared(shard.device):
+        return verify_row(shard.stem, shard.dtype, shard.device, shard.examples, shard.seed)
+
+
+@contextmanager
+def prepared(device: str) -> Iterator[None]:
+    """The interpreter with its checks on and tiles that suit it, if that is where the kernels run."""
+    if device != "cpu":
+        yield
+        return
+    enable_interpreter_checks()
+    warnings.filterwarnings("ignore", category=RuntimeWarning, module="triton.runtime.interpreter")
+    with small_tiles():
+        yield
+
+
+def merge(rows: list[Row]) -> Row:
+    """The shards of one row as one: its worst case is theirs, and so is its first failure."""
+    worst = max(rows, key=lambda row: row.ratio)
+    failed = next((row for row in rows if row.failed), None)
+    return replace(
+        worst,
+        cases=sum(row.cases for row in rows),
+        longest=max(row.longest for row in rows),
+        seconds=sum(row.seconds for row in rows),
+        verdict="FAIL" if failed else "pass",
+        detail=failed.detail if failed else "",
+        smallest_failure=failed.smallest_failure if failed else "",
+    )
+
+
+def verify(
+    stems: tuple[str, ...], dtypes: tuple[str, ...], device: str, examples: dict[str, int], seed: int, jobs: int = 1
 ) -> list[Row]:
-    """All rows of the table, with a progress bar on stderr."""
-    pairs = [
-        (stem, dtype)
-        for stem in stems
-        for dtype in (("float32",) if stem in SCORE_STEMS and "float32" in dtypes else dtypes)
-        if not (stem in SCORE_STEMS and dtype != "float32")
-    ]
-    rows = []
-    with tqdm(total=sum(examples[stem] for stem, _ in pairs), unit="case", leave=False, disable=None) as bar:
-        for stem, dtype in pairs:
-            bar.set_description(f"{stem} {dtype}")
-            row = verify_row(stem, dtype, device, examples[stem], seed, bar.update)
-            bar.update(max(0, examples[stem] - row.cases))  # hypothesis stops early when it has seen every case
-            rows.append(row)
-    return rows
+    """All rows of the table, with a progress bar on stderr. With several jobs, shards run in as many processes.
+
+    The cases do not depend on `jobs`.
+    """
+    shards = shards_of(stems, dtypes, device, examples, seed)
+    found: dict[tuple[str, str], list[Row]] = {(shard.stem, shard.dtype): [] for shard in shards}
+    with tqdm(total=sum(shard.examples for shard in shards), unit="case", leave=False, disable=None) as bar:
+        if jobs == 1:
+            for shard in shards:
+                bar.set_description(f"{shard.stem} {shard.dtype}")
+                row = verify_row(shard.stem, shard.dtype, device, shard.examples, shard.seed, bar.update)
+                bar.update(max(0, shard.examples - row.cases))  # hypothesis stops early when it has seen every case
+                found[shard.stem, shard.dtype].append(row)
+        else:
+            with ProcessPoolExecutor(jobs, mp_context=get_context("spawn")) as pool:
+                running = {pool.submit(verify_shard, shard): shard for shard in shards}
+                for done in as_completed(running):
+                    shard = running[done]
+                    found[shard.stem, shard.dtype].append(done.result())
+                    bar.update(shard.examples)
+    return [merge(rows) for rows in found.values()]
 
 
 def format_table(rows: list[Row]) -> str:
