@@ -59,14 +59,15 @@ def softmax_update(m, l, logits, low, high, column, scale_log2):
     """Fold one block of logits into m, the running maximum, and l, the running sum.
 
     Also the factor for what was summed before, and the block's weights p. While a row has seen no key, m is −inf: 0
-    stands in for it, so that 2^(−inf − m) is 0 and not NaN.
+    stands in for it, so that 2^(−inf − m) is 0 and not NaN. Left to itself the compiler fuses other products with other
+    sums in the repair than in the first pass, which moves the last bit: so it has no choice here.
     """
     logits = gl.where(is_selected(low, high, column), logits, float("-inf"))
     m_new = gl.maximum(m, gl.max(logits, axis=1))
     m_safe = gl.where(m_new == float("-inf"), 0.0, m_new * scale_log2)
-    rescale = gl.exp2(m * scale_log2 - m_safe)
-    p = gl.exp2(logits * scale_log2 - m_safe[:, None])
-    return m_new, l * rescale + gl.sum(p, axis=1), rescale, p
+    rescale = gl.exp2(gl.fma(m, scale_log2, -m_safe))
+    p = gl.exp2(gl.fma(logits, scale_log2, -m_safe[:, None]))
+    return m_new, gl.fma(l, rescale, gl.sum(p, axis=1)), rescale, p
 
 
 @gluon.jit
@@ -189,7 +190,7 @@ def attend_union(
         gl.store(broken_ptr + tile * H_kv + h_kv, gl.max(gl.max(nonfinite(acc), axis=1), axis=0))
     empty = gl.load(occupied_ptr + b * rows + row, mask=keep, other=0) == 0
     l_safe = gl.where(empty, 1.0, l)
-    lse = gl.where(empty, float("-inf"), (m * scale_log2 + gl.log2(l_safe)) * LN_2)
+    lse = gl.where(empty, float("-inf"), gl.fma(m, scale_log2, gl.log2(l_safe)) * LN_2)
     out_row = (b * L + first_row + row) * H_kv * GROUP + h_kv * GROUP + r % GROUP
     gl.store(lse_ptr + out_row, lse, mask=keep)
     out = acc / gl.convert_layout(l_safe, gl.SliceLayout(1, of_out))[:, None]
