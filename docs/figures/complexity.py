@@ -62,7 +62,7 @@ def ratio() -> Figure:
     if lengths:
         low, high = zip(*(measured(8, n) for n in lengths), strict=True)
         axes.fill_between(lengths, low, high, color=ORANGE, alpha=0.35, linewidth=0)
-        axes.plot(lengths, high, "o-", color=ORANGE, markersize=3, linewidth=1, label="measured, all selections")
+        axes.plot(lengths, high, "o-", color=ORANGE, markersize=3, linewidth=1, label="measured, 8 kv heads")
         axes.plot(lengths, low, "o-", color=ORANGE, markersize=3, linewidth=1)
     axes.set_xscale("log", base=2)
     axes.set_yscale("log", base=2)

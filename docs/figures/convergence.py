@@ -26,7 +26,7 @@ def one_head(z: float, activation: str) -> convergence.ScoreParts:
 def bounds() -> Figure:
     """Three panels over z: the score, its derivative by the head logit, and by the bias."""
     figure = Figure(figsize=(7.2, 2.9))
-    panels = figure.subplots(1, 3, gridspec_kw={"wspace": 0.35})
+    panels = figure.subplots(1, 3, gridspec_kw={"wspace": 0.42})
     z = np.linspace(-8, 8, 161)
     for activation, (colour, dashes, label) in LINES.items():
         parts = [one_head(x, activation) for x in z]

@@ -1,7 +1,8 @@
 r"""Bounds that follow from 0 < σ < 1 and 0 < σ' ≤ ¼, and what they give gradient descent. NumPy, float64.
 
-For one query and one key, with \( z_j = \text{scale}\cdot q_j \cdot k + b_j \) and \( w_j = \sigma(\ell_j) \), the score
-of Eq. 7 is \( I = \sum_j w_j\,\sigma(z_j) \). For contrast, φ = ReLU or the identity may stand in for the inner σ.
+For one query and one key, with \( z_j = \text{scale}\cdot q_j \cdot k + b_j \) and \( w_j = \sigma(\ell_j) \), the
+score of Eq. 7 is \( I = \sum_j w_j\,\sigma(z_j) \). For contrast, φ = ReLU or the identity may stand in for its
+inner σ.
 
 The paper's convergence theorem (its Theorem 6, second-hand) is not known word for word. The bounds are derived on the
 site's page; the rate of stochastic gradient descent is that of Ghadimi and Lan (2013).
@@ -149,7 +150,8 @@ def gated_value_lipschitz(W_V: np.ndarray, W_g: np.ndarray, radius: float) -> fl
 def loss_gradient_bound(temperature: float) -> float:
     r"""Bound on the gradient of the indexer's loss of one row by each head logit and bias.
 
-    $$ \Big|\frac{\partial L_t}{\partial b_j}\Big|,\; \Big|\frac{\partial L_t}{\partial \ell_j}\Big| \;\le\; \frac{1}{4\tau} $$
+    $$ \Big|\frac{\partial L_t}{\partial b_j}\Big|,\; \Big|\frac{\partial L_t}{\partial \ell_j}\Big|
+       \;\le\; \frac{1}{4\tau} $$
 
     ∂L_t/∂I_s = (softmax(I/τ)_s − p_s)/τ sums to 0 over s, and its positive part to at most 1/τ; the derivatives of the
     scores lie between 0 and ¼. Derived here, for the loss of Eq. 15 (second-hand).
