@@ -14,7 +14,7 @@ from gsa_ref.theory import complexity
 
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT / "docs/hooks"))
-from speed import Decode, Prefill, figure, length, percent  # noqa: E402
+from speed import Decode, Prefill, figure, length, percent, span  # noqa: E402
 
 C, DENSE = GSAConfig(), GSAConfig().variant("dense")
 L_PUBLISHED = 2**17
@@ -22,7 +22,6 @@ LENGTHS = [2**n for n in range(11, 21)]
 PUBLISHED_ABLATION = {512: 22, 1024: 16, 2048: 12, 4096: 8}  # tokens per query: speed-up over dense, at 128K
 D_FF = 11008  # a SwiGLU block as in LLaMA-7B, which has this d
 PREFILL, DECODE = Prefill(ROOT), Decode(ROOT)
-EXACT = [name for name in PREFILL.selections if "≈" not in name]
 GREY = "#808690"
 
 
@@ -34,12 +33,6 @@ def full_speedup(L: int) -> float:
 def full_limit() -> Fraction:
     """What `full_speedup` tends to."""
     return Fraction(2 * C.H * C.d_h, C.H_I * C.d_I)
-
-
-def measured(H_kv: int, L: int) -> list[float]:
-    """cuDNN's time over that of the whole path, slowest and fastest selection; empty if nothing was timed."""
-    found = [x for name in EXACT if (x := PREFILL.speedup(H_kv, name, L)) is not None]
-    return [min(found), max(found)] if found else []
 
 
 def ratio() -> Figure:
@@ -58,9 +51,9 @@ def ratio() -> Figure:
     crossover = float(complexity.printed_crossover(C))
     axes.plot([crossover], [1], "D", color=BLUE, markersize=5)
     axes.annotate(f"{crossover:,.0f}", (crossover, 1), (1.1 * crossover, 0.68), color=BLUE)
-    lengths = [n for n in LENGTHS if measured(8, n)]
+    lengths = [n for n in LENGTHS if PREFILL.spread(8, n)]
     if lengths:
-        low, high = zip(*(measured(8, n) for n in lengths), strict=True)
+        low, high = zip(*((s[0], s[-1]) for n in lengths if (s := PREFILL.spread(8, n))), strict=True)
         axes.fill_between(lengths, low, high, color=ORANGE, alpha=0.35, linewidth=0)
         axes.plot(lengths, high, "o-", color=ORANGE, markersize=3, linewidth=1, label="measured, 8 kv heads")
         axes.plot(lengths, low, "o-", color=ORANGE, markersize=3, linewidth=1)
@@ -76,16 +69,12 @@ def ratio() -> Figure:
     return figure_
 
 
-def cell(values: list[float]) -> str:
-    return "–" if not values else f"{figure(values[0], 2)} – {figure(values[1], 2)}"
-
-
 def lengths_table() -> dict[str, object]:
     rows = []
     for L in LENGTHS:
         counts = [float(complexity.printed_speedup(L, C)), full_speedup(L)]
         share = percent(float(complexity.printed_indexer_share(L, C)))
-        rows.append([length(L), *map(figure, counts), share, cell(measured(8, L)), cell(measured(1, L))])
+        rows.append([length(L), *map(figure, counts), share, *(span(PREFILL.spread(heads, L)) for heads in (8, 1))])
     header = ["tokens", "printed count", "full count", "indexer's share, printed"]
     header += [f"measured, {heads} kv head{'s' * (heads > 1)}" for heads in (8, 1)]
     return {"header": header, "rows": rows}
@@ -132,20 +121,21 @@ def ablation_table() -> dict[str, object]:
     for k, published in PUBLISHED_ABLATION.items():
         counted = float(complexity.printed_speedup(L_PUBLISHED, C, k=k))
         dense, gsa = (complexity.core_work(L_PUBLISHED, c, k=k).multiply_adds for c in (DENSE, C))
-        found = [x for name in EXACT if (x := PREFILL.speedup(8, name, L_PUBLISHED, k)) is not None]
         counts = [f"{figure(x)}×" for x in (counted, dense / gsa)]
-        rows.append([f"{k:,}", f"{published}×", *counts, f"{published * gsa / dense:.2f}", spread(found)])
+        rows.append(
+            [
+                f"{k:,}",
+                f"{published}×",
+                *counts,
+                f"{published * gsa / dense:.2f}",
+                span(PREFILL.spread(8, L_PUBLISHED, k)),
+            ]
+        )
     full = float(complexity.printed_speedup(L_PUBLISHED, C, k=L_PUBLISHED))
     dense, gsa = (complexity.core_work(L_PUBLISHED, c, k=L_PUBLISHED).multiply_adds for c in (DENSE, C))
     rows.append(["full", "1×", f"{figure(full)}×", f"{figure(dense / gsa)}×", f"{gsa / dense:.2f}", "–"])
     header = ["k", "published", "printed count", "full count", "published / full", "measured, 8 kv heads"]
     return {"header": header, "rows": rows}
-
-
-def spread(found: list[float]) -> str:
-    if len(found) < 2:
-        return f"{figure(found[0], 2)}×" if found else "–"
-    return f"{figure(min(found), 2)} – {figure(max(found), 2)}×"
 
 
 def parameters_table() -> dict[str, object]:

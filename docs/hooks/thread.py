@@ -17,6 +17,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+from claims import claims_list, claims_verdicts
 from learning import DIRECTIVES as LEARNING
 from records import verification_table  # mkdocs loads a hook with its folder on the path
 from speed import DIRECTIVES as SPEED
@@ -366,6 +367,8 @@ DIRECTIVES: dict[str, Callable[..., str]] = {
     "fact_table": fact_table,
     "equation_index": equation_index,
     "verification_table": verification_table,
+    "claims_verdicts": claims_verdicts,
+    "claims_list": lambda root: expand(root, claims_list(root), "claims.md"),
     **SPEED,
     **LEARNING,
 }

@@ -1,8 +1,8 @@
 """What attention costs: operations, bytes and parameters, counted from the sizes of a `GSAConfig`.
 
 Products are counted in multiply-adds; a multiply-add is two floating-point operations (FLOP). There are two counts. The
-*printed* one takes the paper's order of growth L²·d_I·H_I + L·k·d (second-hand) with all constants 1. The *full* one has
-every product: attention makes two, q·k and p·v, the indexer one; a query sees the keys s ≤ t only.
+*printed* one takes the paper's order of growth L²·d_I·H_I + L·k·d (second-hand) with all constants 1. The *full* one
+has every product: attention makes two, q·k and p·v, the indexer one; a query sees the keys s ≤ t only.
 
 All counts are exact integers or fractions, for one sequence that starts at position 0. Query t reads min(k, t + 1)
 tokens.
