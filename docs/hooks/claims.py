@@ -53,8 +53,8 @@ def claims_list(root: Path) -> str:
         rows = [
             [
                 entry["claim"],
-                f"{entry['published']} ({entry['source']})",
-                " ".join(part for part in (entry["here"], f"*{entry['setting']}*") if part.strip("*")),
+                entry["published"] + ("" if entry["source"] == "published" else f" ({entry['source']})"),
+                "<br>".join(part for part in (entry["here"], f"*{entry['setting']}*") if part.strip("*")),
                 f"**{entry['verdict']}**",
             ]
             for entry in entries
