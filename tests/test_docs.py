@@ -545,8 +545,9 @@ def test_training_tables_show_the_records(with_runs: Path):
     assert "\npython x --out warm_a\n" in show["training_commands"]
     assert show["training_last"] == "2.000"
     assert learning.training_last(with_runs, "gated_on", "first_token_share") == "12.5%"
-    with pytest.raises(KeyError, match="lost"):
-        learning.training_last(with_runs, "lost")
+    for wrong in (("lost", "validation_loss"), ("dense_on", "lost")):
+        with pytest.raises(KeyError, match="lost"):
+            learning.training_last(with_runs, *wrong)
     assert show["training_kernels"].splitlines()[-3:] == [
         "| reference | float32 | 5 | – | – |",
         "| reference | bfloat16 | 0 | 0.2500 | 0.5000 |",

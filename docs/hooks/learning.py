@@ -192,10 +192,14 @@ def training_variants(root: Path) -> str:
 
 
 def training_last(root: Path, name: str = "dense_on", measure: str = "validation_loss") -> str:
-    """`{{ training_last sparse_on validation_loss }}`: a run's last measurement of that name."""
+    """`{{ training_last sparse_on validation_loss }}`: a run's last measurement of that name.
+
+    Raises:
+        KeyError: there is no such run, or it has no such measurement.
+    """
     if not load(root, TRAINING):
         return missing(TRAINING)
-    value = last(runs(root)[name], measure)
+    value = runs(root)[name]["log"][-1][measure]
     return percent_1(value) if measure.endswith("_share") else decimals(value)
 
 
