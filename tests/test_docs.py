@@ -9,6 +9,7 @@ import sys
 from collections.abc import Iterator
 from html.parser import HTMLParser
 from pathlib import Path
+from typing import Any
 from urllib.parse import unquote, urlsplit
 
 import pytest
@@ -16,6 +17,7 @@ import pytest
 ROOT = Path(__file__).parent.parent
 DOCS = ROOT / "docs"
 sys.path.insert(0, str(DOCS / "hooks"))
+import claims  # noqa: E402
 import learning  # noqa: E402
 import notebook_pages  # noqa: E402
 import records  # noqa: E402
@@ -413,6 +415,12 @@ def test_speed_tables_show_the_records(with_records: Path):
     assert [line.split(" | ")[0] for line in roofline[2:]] == ["| indexer", *["| attention"] * 2, *["| whole"] * 2]
     assert "| attention | gsa_fast | 8 | random | 11.5 | 0.3 | 30 | 27–33 | 12 | 1.5 | 25% |" in roofline
     assert "no record at length 64" in speed.prefill_roofline(with_records, "64")
+    assert show["prefill_range"] == "2.5–5"
+    assert speed.prefill_range(with_records, "8", "131072", "cost") == "0.2–0.4"
+    assert speed.prefill_range(with_records, "8", "2048") == "0.5"
+    assert speed.prefill_range(with_records, "1") == "–"
+    assert show["decode_range"] == "4–10"
+    assert speed.decode_range(with_records, "8", "131072", "cost") == "0.1–0.25"
     assert "| 8 | random | 2K | 4K | 0.5 at 2K |" in show["prefill_crossover"]
     assert "| 8 | ties | nowhere | 128K | 2.5 at 128K |" in show["prefill_crossover"]
     assert "| kernel | union | union | union |" in show["prefill_methods"]
@@ -535,6 +543,11 @@ def test_training_tables_show_the_records(with_runs: Path):
     assert "| dense | 2.000 | 50.0% | – | – |" in show["training_variants"]
     assert "| gated | 1.900 | 12.5% | 0.400 | 0.300 |" in show["training_variants"]
     assert "\npython x --out warm_a\n" in show["training_commands"]
+    assert show["training_last"] == "2.000"
+    assert learning.training_last(with_runs, "gated_on", "first_token_share") == "12.5%"
+    for wrong in (("lost", "validation_loss"), ("dense_on", "lost")):
+        with pytest.raises(KeyError, match="lost"):
+            learning.training_last(with_runs, *wrong)
     assert show["training_kernels"].splitlines()[-3:] == [
         "| reference | float32 | 5 | – | – |",
         "| reference | bfloat16 | 0 | 0.2500 | 0.5000 |",
@@ -549,6 +562,71 @@ def test_stored_training_records_have_the_expected_form():
     for path in (learning.TRAINING, learning.KERNELS):
         text = (ROOT / path).read_text(encoding="utf-8")
         assert not re.search(r"/(home|root|tmp|work|usr)/", text)  # no path of a machine
+
+
+def test_a_stored_table_becomes_a_table(tmp_path: Path):
+    (tmp_path / "docs/figures").mkdir(parents=True)
+    stored = {"t": {"header": ["a", "b"], "rows": [["x", "1"]]}, "u": {"header": ["a"], "left": 1, "rows": []}}
+    (tmp_path / "docs/figures/some.json").write_text(json.dumps(stored))
+    assert thread.expand(tmp_path, "{{ fact_table some t }}", "p.md") == "| a | b |\n|---|--:|\n| x | 1 |"
+    assert thread.fact_table(tmp_path, "some", "u") == "| a |\n|---|"
+
+
+# ---- the claims ------------------------------------------------------------------------------------------------------
+
+CLAIMS = claims.ledger(ROOT)
+
+
+def test_the_ledger_has_every_kind_of_published_figure():
+    """The rows of the published tables and the named limits, each with at least one claim."""
+    text = " ".join(entry["claim"] for entry in CLAIMS)
+    for kind in (
+        "speed-up at 128K", "cost of prefill", "cost of decoding", "memory", "4K tokens", "1M tokens", "speed-up at k",
+        "perplexity of dense", "perplexity by gates", "perplexity and RULER-128K at those k", "RULER at 128K",
+        "ReLU, sigmoid, gated sigmoid", "sensitive to k_base", "first token", "mean gate score", "loss spikes",
+        "learning rate", "largest activation", "parameters added",
+    ):  # fmt: skip
+        assert kind in text, kind
+
+
+# What may be written with a digit among our words: formulas, links, and the length or budget that is spoken of.
+SPOKEN = re.compile(r"\$[^$]*\$|\]\([^)]*\)|\bat \d+K\b|\bat 1M\b")
+
+
+@pytest.mark.parametrize("entry", CLAIMS, ids=lambda e: e["claim"])
+def test_a_claim_resolves(entry: dict[str, Any]):
+    """What was measured has records, a command that exists, and no typed figure; what was not has none of them."""
+    here = thread.expand(ROOT, entry["here"], "claims.json")
+    assert "{{" not in here
+    assert "No record is stored" not in here
+    typed = SPOKEN.sub("", thread.DIRECTIVE.sub("", entry["here"]))
+    assert not re.search(r"\d", typed), typed
+    measured = entry["verdict"] in claims.MEASURED
+    assert bool(entry["records"]) == bool(entry["command"]) == bool(thread.DIRECTIVE.search(entry["here"])) == measured
+    assert all((ROOT / path).is_file() for path in entry["records"])
+    if measured:
+        program, *rest = entry["command"].split()
+        assert program == "python"
+        path = f"{rest[1].replace('.', '/')}/__main__.py" if rest[0] == "-m" else rest[0]
+        assert (ROOT / path).is_file()
+
+
+def test_the_claims_page_shows_every_claim_and_counts_the_verdicts(site: Path):
+    text = (site / "claims/index.html").read_text(encoding="utf-8")
+    assert [entry["published"] for entry in CLAIMS if entry["published"] not in text] == []
+    counts = re.findall(r"\| (\d+) \|$", claims.claims_verdicts(ROOT), re.MULTILINE)
+    assert sum(map(int, counts)) == len(CLAIMS)
+
+
+@pytest.mark.parametrize(("field", "value"), [("verdict", "proved"), ("claim", None)])
+def test_a_malformed_ledger_is_refused(tmp_path: Path, field: str, value: str | None):
+    (tmp_path / "docs").mkdir()
+    entry = CLAIMS[0] | {field: value}
+    if value is None:
+        del entry[field]
+    (tmp_path / claims.LEDGER).write_text(json.dumps([entry]))
+    with pytest.raises(ValueError, match=r"docs/claims\.json: expected"):
+        claims.ledger(tmp_path)
 
 
 def draw_performance(root: Path, out: Path) -> subprocess.CompletedProcess[str]:

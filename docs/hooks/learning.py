@@ -191,6 +191,18 @@ def training_variants(root: Path) -> str:
     return table(["variant", "validation loss", "attention on position 0", "mean gate G2", "mean gate G1"], rows)
 
 
+def training_last(root: Path, name: str = "dense_on", measure: str = "validation_loss") -> str:
+    """`{{ training_last sparse_on validation_loss }}`: a run's last measurement of that name.
+
+    Raises:
+        KeyError: there is no such run, or it has no such measurement.
+    """
+    if not load(root, TRAINING):
+        return missing(TRAINING)
+    value = runs(root)[name]["log"][-1][measure]
+    return percent_1(value) if measure.endswith("_share") else decimals(value)
+
+
 def training_commands(root: Path) -> str:
     """`{{ training_commands }}`: the commands of all runs."""
     found = load(root, TRAINING)
@@ -203,6 +215,6 @@ DIRECTIVES = {
     f.__name__: f
     for f in (
         training_setup, training_model, training_context, training_warm_up, training_steps, training_on,
-        training_kernels, training_variants, training_commands,
+        training_kernels, training_variants, training_last, training_commands,
     )
 }  # fmt: skip

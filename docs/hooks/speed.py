@@ -100,6 +100,17 @@ class Prefill:
         dense, sparse = median(self.dense.get(("cudnn", H_kv, L))), median(self.whole(H_kv, selection, L, k))
         return dense / sparse if dense and sparse else None
 
+    def spread(self, H_kv: int, L: int, k: int = K_BASE) -> list[float]:
+        """`speedup` of every timed selection with the exact sigmoid, the slowest first."""
+        exact = [name for name in dict.fromkeys(s for _, s, _, _ in self.wholes) if "≈" not in name]
+        return sorted(x for name in exact if (x := self.speedup(H_kv, name, L, k)) is not None)
+
+
+def span(values: list[float]) -> str:
+    """The smallest and the largest of some figures, a dash for none."""
+    ends = dict.fromkeys(figure(value, 2) for value in (values[0], values[-1])) if values else ("",)
+    return "–".join(ends) or "–"
+
 
 def setup(path: str, found: list[Record]) -> str:
     """Device, versions, ceilings and the commands that wrote the records of a file."""
@@ -147,6 +158,15 @@ def prefill_speedup(root: Path) -> str:
         if any(p.whole(h, s, L) for L in p.lengths)
     ]
     return table(header, rows, left=2)
+
+
+def prefill_range(root: Path, heads: str = "8", at: str = "131072", what: str = "speed") -> str:
+    """`{{ prefill_range 8 131072 cost }}`: from the slowest to the fastest selection, over cuDNN or as a cost of it."""
+    p = Prefill(root)
+    if not p.wholes:
+        return missing(PREFILL)
+    found = p.spread(int(heads), int(at))
+    return span([1 / x for x in reversed(found)] if what == "cost" else found)
 
 
 def prefill_lengths(root: Path) -> str:
@@ -358,6 +378,15 @@ def decode_speedup(root: Path) -> str:
     return d.table({name: cell(*line) for name, line in d.ours().items() if line[0] == FUSED})
 
 
+def decode_range(root: Path, heads: str = "8", at: str = "131072", what: str = "speed") -> str:
+    """`{{ decode_range 8 131072 cost }}`: a step of one query, from the slowest batch size to the fastest."""
+    d = Decode(root)
+    if not d.cases:
+        return missing(DECODE)
+    found = sorted(x for B in d.batches if (x := d.speedup((int(heads), 1, int(at)), B)) is not None)
+    return span([1 / x for x in reversed(found)] if what == "cost" else found)
+
+
 def decode_dense(root: Path) -> str:
     """`{{ decode_dense }}`: milliseconds of a step of dense attention."""
     d = Decode(root)
@@ -552,9 +581,9 @@ def tried(root: Path) -> str:
 DIRECTIVES = {
     f.__name__: f
     for f in (
-        prefill_setup, prefill_picture, prefill_speedup, prefill_lengths, prefill_roofline, prefill_crossover,
-        prefill_methods, prefill_budgets, prefill_memory, prefill_missing,
-        decode_setup, decode_picture, decode_speedup, decode_dense, decode_roofline, decode_kernels, decode_losses,
-        decode_missing, train_setup, train_times, train_memory, long_verification, tried,
+        prefill_setup, prefill_picture, prefill_speedup, prefill_range, prefill_lengths, prefill_roofline,
+        prefill_crossover, prefill_methods, prefill_budgets, prefill_memory, prefill_missing,
+        decode_setup, decode_picture, decode_speedup, decode_range, decode_dense, decode_roofline, decode_kernels,
+        decode_losses, decode_missing, train_setup, train_times, train_memory, long_verification, tried,
     )
 }  # fmt: skip

@@ -17,9 +17,11 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+from claims import claims_list, claims_verdicts
 from learning import DIRECTIVES as LEARNING
 from records import verification_table  # mkdocs loads a hook with its folder on the path
 from speed import DIRECTIVES as SPEED
+from speed import table
 
 log = logging.getLogger("mkdocs.hooks.thread")
 
@@ -341,9 +343,19 @@ def default(root: Path, field: str) -> str:
     return str(_defaults(root / "gsa_ref/config.py")[field])
 
 
+def _fact(root: Path, stem: str, name: str) -> Any:
+    return json.loads((root / "docs/figures" / f"{stem}.json").read_text(encoding="utf-8"))[name]
+
+
 def fact(root: Path, stem: str, name: str) -> str:
     """`{{ fact indexer overlap }}`: a figure that docs/figures/<stem>.py computed and stored beside its pictures."""
-    return str(json.loads((root / "docs/figures" / f"{stem}.json").read_text(encoding="utf-8"))[name])
+    return str(_fact(root, stem, name))
+
+
+def fact_table(root: Path, stem: str, name: str) -> str:
+    """`{{ fact_table complexity ablation }}`: a table that such a script stored: header, rows, text columns (left)."""
+    found = _fact(root, stem, name)
+    return table(found["header"], found["rows"], left=found.get("left", 1))
 
 
 DIRECTIVES: dict[str, Callable[..., str]] = {
@@ -352,8 +364,11 @@ DIRECTIVES: dict[str, Callable[..., str]] = {
     "api": api,
     "default": default,
     "fact": fact,
+    "fact_table": fact_table,
     "equation_index": equation_index,
     "verification_table": verification_table,
+    "claims_verdicts": claims_verdicts,
+    "claims_list": lambda root: expand(root, claims_list(root), "claims.md"),
     **SPEED,
     **LEARNING,
 }

@@ -14,6 +14,7 @@ from gsa_fast.bench.prefill import Case
 from gsa_fast.bench.rooflines import Ceilings, Work
 from gsa_fast.bench.timing import Timing
 from gsa_ref import GSAConfig, indexed_selection
+from gsa_ref.theory import complexity
 
 SIZES = {"k_base": 64, "width": 128}
 SMALL = GSAConfig(d=16, H=8, H_kv=2, d_h=4, H_I=2, d_I=8, k_base=8, k_min=1, k_max=16)
@@ -180,6 +181,21 @@ def test_a_stage_takes_as_long_as_its_scarcest_resource_and_stages_add_up():
     work = Work(flop=20, special=5, memory_bytes=6, l2_bytes=4)
     assert work.seconds(ceilings) == 3
     assert rooflines.whole_seconds([work, Work(flop=10)], ceilings) == 4
+
+
+@pytest.mark.parametrize("L", [1, 77, 4096])
+def test_work_agrees_with_the_counts_of_the_theory(L):
+    """Two packages count the same thing: `gsa_ref.theory` for readers, `rooflines` for measured times."""
+    c, dense = C, C.variant("dense")
+    assert rooflines.dense_work(L, c).flop == complexity.core_work(L, dense).flops
+    assert rooflines.dense_work(L, c).memory_bytes == complexity.core_work(L, dense).bytes
+    assert rooflines.indexer_work(L, c).flop == complexity.indexer_work(L, c).flops
+    assert rooflines.indexer_work(L, c).special == complexity.indexer_work(L, c).special
+    k = complexity.selected_pairs(L, c.k_base) / L
+    apart = rooflines.attention_work(L, c, mean_k=k, union=rooflines.tile_rows(c) * k)  # no query shares a key
+    assert apart.l2_bytes == pytest.approx(complexity.gathered_bytes(L, c))
+    step = rooflines.decode_work(1, 1, L, c, mean_k=min(c.k_base, L), union=min(c.k_base, L))
+    assert step.flop == complexity.decode_work(L, c).flops
 
 
 @pytest.mark.parametrize(("H_kv", "rows"), [(32, 64), (8, 16), (4, 8), (1, 2)])
