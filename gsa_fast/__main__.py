@@ -101,7 +101,7 @@ def main(argv: list[str] | None = None) -> int:
     options = parser.parse_args(argv)
     if options.json is not None and not options.json.resolve().parent.is_dir():
         parser.error(f"argument --json: expected a file in an existing folder, got {options.json}")
-    command = " ".join(["python -m gsa_fast", *argv])
+    command = records.recorded_command(argv)
     if options.command == "compile":
         return run_compile(options, command)
     if options.command == "bench":
@@ -110,7 +110,7 @@ def main(argv: list[str] | None = None) -> int:
             parser.error(problem)
         return suite.main(options, argv)
     if options.length is not None:
-        return run_verify_length(parser, options, records.recorded_command(argv))
+        return run_verify_length(parser, options, command)
     return run_verify(parser, options, command)
 
 

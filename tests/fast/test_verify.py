@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -45,6 +46,27 @@ def test_a_green_run_prints_one_row_per_stem_and_dtype_and_exits_0(capsys, tmp_p
     assert record["command"].startswith("python -m gsa_fast verify --stem gates")
     assert [row["verdict"] for row in record["rows"]] == ["pass", "pass"]
     assert all(row["worst_error"] <= row["budget"] for row in record["rows"])
+
+
+def test_cases_do_not_depend_on_how_many_processes_share_them(monkeypatch):
+    monkeypatch.setattr(run, "SHARD_CASES", 4)
+    examples = {"gates": 10, "budget": 3}
+    alone, shared = (
+        run.verify(("gates", "budget"), ("float32", "float16"), "cpu", examples, seed=1, jobs=jobs) for jobs in (1, 2)
+    )
+    assert [(row.stem, row.dtype, row.cases) for row in alone] == [
+        ("gates", "float32", 10), ("gates", "float16", 10), ("budget", "float32", 3),
+    ]  # fmt: skip
+    assert [replace(row, seconds=0) for row in alone] == [replace(row, seconds=0) for row in shared]
+
+
+def test_a_row_fails_if_one_of_its_shards_does():
+    good = run.Row("gates", "float32", cases=5, worst_error=2.0, budget=4.0, ratio=0.5, longest=9, verdict="pass")
+    bad = run.Row("gates", "float32", cases=1, ratio=0.1, longest=3, verdict="FAIL", detail="x", smallest_failure="{}")
+    merged = run.merge([good, bad])
+    assert (merged.verdict, merged.detail, merged.smallest_failure) == ("FAIL", "x", "{}")
+    assert (merged.cases, merged.longest, merged.worst_error, merged.ratio) == (6, 9, 2.0, 0.5)
+    assert run.merge([good, good]).verdict == "pass"
 
 
 def test_a_fault_exits_1_and_prints_the_smallest_case_so_that_it_can_be_pasted_back(capsys, broken_gate):
