@@ -6,9 +6,16 @@ import torch
 from jaxtyping import Float, Int32
 from torch import Tensor
 
-from gsa_ref._arguments import check_budget_sizes, check_mean_variance, check_selection_arguments
+from gsa_ref._arguments import (
+    check_budget_sizes,
+    check_int,
+    check_mean_variance,
+    check_same_device,
+    check_selection_arguments,
+    check_slots,
+)
 from gsa_ref.budget import score_variance, token_budget
-from gsa_ref.config import GSAConfig
+from gsa_ref.config import GSAConfig, check_config
 from gsa_ref.indexer import indexer_scores, visible
 
 
@@ -30,9 +37,14 @@ class Selection(NamedTuple):
             n_keys: S; if given, indices must be below it.
 
         Raises:
-            ValueError: a count is out of range, an index is negative, repeated, not ascending or too large, or the
-                tail is not −1. The message names the first offending row.
+            TypeError: wrong type or dtype.
+            ValueError: wrong shape or device, or n_keys < 0; a count is out of range, an index is negative, repeated,
+                not ascending or too large, or the tail is not −1. The message names the first offending row.
         """
+        check_slots(self.indices, self.counts, {})
+        check_same_device(indices=self.indices, counts=self.counts)
+        if n_keys is not None:
+            check_int("n_keys", n_keys, 0)
         indices, counts = self.indices.cpu(), self.counts.cpu()
         K = indices.shape[-1]
         slot = torch.arange(K)
@@ -131,7 +143,6 @@ def indexed_selection(
 
 def check_selection_config(config: GSAConfig, mean_variance: float | Tensor, like: Tensor) -> None:
     """The checks of `indexed_selection` that `indexer_scores` does not make."""
-    if not isinstance(config, GSAConfig):
-        raise TypeError(f"config: expected a GSAConfig, got {type(config).__name__}")
+    check_config("config", config)
     check_budget_sizes(config.k_base, config.k_min, config.k_max, config.rule)
     check_mean_variance(mean_variance, like)

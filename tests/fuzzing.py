@@ -99,6 +99,7 @@ class Name:
     """One of some words."""
 
     choices: tuple[str, ...]
+    optional: bool = False
 
 
 @dataclass(frozen=True)
@@ -106,6 +107,7 @@ class Flag:
     """A bool."""
 
     value: bool
+    optional: bool = False
 
 
 @dataclass(frozen=True)
@@ -118,6 +120,8 @@ class Start:
 @dataclass(frozen=True)
 class Mean:
     """V̄: a number or a scalar tensor, float32 or float64."""
+
+    optional: bool = False
 
 
 @dataclass(frozen=True)
@@ -142,8 +146,16 @@ INDEXER: dict[str, Spec] = {
     "bias": Array("H_I"),
 }
 QUERY, KEY = Array("B L H d_h"), Array("B S H_kv d_h", like="q")
-GATES = {"value_gate_logits": Array("B S H_kv d_h", optional=True), "output_gate_logits": Array("B L H d_h", optional=True)}
-BUDGET = {"k_base": Whole(2, 1, MOST_TOKENS), "k_min": Whole(1, 1, 3), "k_max": Whole(3, 1, MOST_TOKENS), "rule": Name(RULES)}
+GATES = {
+    "value_gate_logits": Array("B S H_kv d_h", optional=True),
+    "output_gate_logits": Array("B L H d_h", optional=True),
+}
+BUDGET = {
+    "k_base": Whole(2, 1, MOST_TOKENS),
+    "k_min": Whole(1, 1, 3),
+    "k_max": Whole(3, 1, MOST_TOKENS),
+    "rule": Name(RULES),
+}
 A_CONFIG = Made(lambda sizes: CONFIG)
 
 
@@ -159,6 +171,7 @@ class Function:
             must be that of the same kernels on plain tensors.
         odd: whether the arguments may be laid out in odd ways.
         fast: arguments that gsa_fast takes in addition.
+        chooses: whether the call takes `impl`.
         smallest: least lengths of axes, where an empty one is not legal.
         mutates: whether a call changes the cache that it gets.
     """
@@ -172,6 +185,7 @@ class Function:
     odd: bool = True
     fast: dict[str, Spec] = field(default_factory=dict)
     smallest: dict[str, int] = field(default_factory=dict)
+    chooses: bool = False
     mutates: bool = False
 
     def of(self, impl: str) -> "Function":
@@ -187,7 +201,7 @@ class Fault:
     changes: dict[str, Any]
     exception: type[Exception]
     names: frozenset[str]
-    shape: bool = False  # two of these might cancel out: a call gets at most one
+    group: str = ""  # two of one group might cancel out: a call gets at most one
 
     @property
     def argument(self) -> str:
@@ -201,7 +215,7 @@ def fault(kind: str, name: str, value: Any, exception: type[Exception], names: A
 def faults_of(function: Function, sizes: dict[str, int], arguments: dict[str, Any], impl: str) -> list[Fault]:
     """Every single fault of a legal call."""
     found = function.faults(sizes, arguments, impl)
-    if impl != REFERENCE and not function.mutates and "training" not in function.bound:
+    if impl != REFERENCE and function.chooses:
         found += [fault("value", "impl", v, ValueError) for v in ("cuda", "", "Triton")]
         found += [fault("type", "impl", v, TypeError) for v in (None, 1, True, ["triton"])]
     tensors = {
@@ -217,7 +231,7 @@ def faults_of(function: Function, sizes: dict[str, int], arguments: dict[str, An
         if isinstance(value, Tensor) and not isinstance(spec, Made):
             shared = {n for n, v in arguments.items() if isinstance(v, Tensor)}
             if len(shared) > 1 or function.bound:
-                found.append(fault("device", name, value.to("meta"), ValueError, shared))
+                found.append(fault("device", name, value.to("meta"), ValueError, shared, group="device"))
             found.append(fault("layout", name, value.to_sparse(), TypeError))
         if isinstance(value, Tensor) and isinstance(spec, Array):
             found += _wrong_dtypes(name, spec, value, function)
@@ -233,10 +247,21 @@ def faults_of(function: Function, sizes: dict[str, int], arguments: dict[str, An
             wrong = [spec.low - 1, -(2**70)] + ([] if spec.high is None else [spec.high + 1, 2**70])
             found += [fault("value", name, v, ValueError) for v in wrong]
         elif isinstance(spec, Real):
-            wrong = [math.nan, math.inf, -math.inf, HUGE, -HUGE, *([0, 0.0, -1.5] if spec.positive else []), *spec.outside]
+            wrong = [
+                math.nan,
+                math.inf,
+                -math.inf,
+                HUGE,
+                -HUGE,
+                *([0, 0.0, -1.5] if spec.positive else []),
+                *spec.outside,
+            ]
             found += [fault("value", name, v, ValueError) for v in wrong]
         elif isinstance(spec, Name):
-            found += [fault("value", name, v, ValueError) for v in ("", "unknown", spec.choices[0].upper(), spec.choices[0] + " ")]
+            found += [
+                fault("value", name, v, ValueError)
+                for v in ("", "unknown", spec.choices[0].upper(), spec.choices[0] + " ")
+            ]
         elif isinstance(spec, Made):
             found += [fault(kind, name, v, e) for kind, v, e in spec.wrong(sizes)]
     slots = [arguments[name] for name in SLOTS if arguments.get(name) is not None]
@@ -247,7 +272,7 @@ def faults_of(function: Function, sizes: dict[str, int], arguments: dict[str, An
 
 def _wrong_types(name: str, spec: Spec, value: Any) -> list[Fault]:
     wrong: list[Any] = ["1", [1], {"a": 1}, np.zeros(3), b"1", torch.float32, object()]
-    if not getattr(spec, "optional", False) or name.startswith("selection."):
+    if not spec.optional or name.startswith("selection."):
         wrong.append(None)
     if not isinstance(spec, Array | Start | Mean):
         wrong += [torch.zeros(()), torch.ones(2, dtype=torch.int32)]
@@ -272,11 +297,15 @@ def _wrong_dtypes(name: str, spec: Array, value: Tensor, function: Function) -> 
     leader = spec.like or name
     group = {n for n, s in function.arguments.items() if isinstance(s, Array) and leader in (n, s.like)}
     if len(group) > 1 or "dtype" in function.bound:
-        found += [fault("dtype", name, value.to(d), TypeError, group) for d in spec.dtypes if d != value.dtype]
+        found += [
+            fault("dtype", name, value.to(d), TypeError, group, group="dtype") for d in spec.dtypes if d != value.dtype
+        ]
     return found
 
 
-def _wrong_shapes(name: str, value: Tensor, axes: list[str], tensors: dict[str, Array], function: Function) -> list[Fault]:
+def _wrong_shapes(
+    name: str, value: Tensor, axes: list[str], tensors: dict[str, Array], function: Function
+) -> list[Fault]:
     def sharing(*changed: str) -> set[str]:
         return {name} | {n for n, spec in tensors.items() if set(changed) & set(spec.axes)}
 
@@ -286,7 +315,7 @@ def _wrong_shapes(name: str, value: Tensor, axes: list[str], tensors: dict[str, 
     # `apply_gate` takes any shape: it compares the two, and names the second.
     names = sharing(*axes) if "any" in function.bound else {name}
     found = [
-        fault("rank", name, x, ValueError, names, shape=True)
+        fault("rank", name, x, ValueError, names, group="shape")
         for x in (value[None], value[..., None], *([value.sum(0).to(value.dtype)] if value.dim() else []))
     ]
     for i, axis in enumerate(axes):
@@ -295,11 +324,20 @@ def _wrong_shapes(name: str, value: Tensor, axes: list[str], tensors: dict[str, 
         for size in {value.shape[i] + 1, value.shape[i] - 1, 0} - {value.shape[i], -1}:
             shape = [*value.shape[:i], size, *value.shape[i + 1 :]]
             names = sharing(axis) | ({"q"} if axis.startswith("H") else set())
-            found.append(fault("size", name, torch.ones(shape, dtype=value.dtype, device=value.device), ValueError, names, shape=True))
+            found.append(
+                fault(
+                    "size",
+                    name,
+                    torch.ones(shape, dtype=value.dtype, device=value.device),
+                    ValueError,
+                    names,
+                    group="shape",
+                )
+            )
         for j in range(i):
             if value.shape[i] != value.shape[j]:
                 names = sharing(axes[i], axes[j]) | ({"q", "q_idx"} if axes[j].startswith("H") else set())
-                found.append(fault("swapped axes", name, value.transpose(i, j), ValueError, names, shape=True))
+                found.append(fault("swapped axes", name, value.transpose(i, j), ValueError, names, group="shape"))
     return found
 
 
@@ -315,21 +353,23 @@ def _wrong_means(name: str) -> list[Fault]:
 # ---- legal values ----------------------------------------------------------------------------------------------------
 
 
-def legal(function: Function, sizes: dict[str, int], rng: torch.Generator, optional: Callable[[], bool]) -> dict[str, Any]:
+def legal(
+    function: Function, sizes: dict[str, int], rng: torch.Generator, optional: Callable[[], bool]
+) -> dict[str, Any]:
     """A legal call of the function. `optional` decides, for each argument that may be None, whether it is given."""
     arguments: dict[str, Any] = {}
     for name, spec in function.arguments.items():
         if name == "selection.counts":
             arguments[name] = arguments["selection.indices"]  # both or neither; the values come below
-        elif name == "lse" and arguments["selection.indices"] is None:
-            arguments[name] = None
-        elif getattr(spec, "optional", False) and not optional():
+        elif (name == "lse" and arguments["selection.indices"] is None) or (spec.optional and not optional()):
             arguments[name] = None
         elif isinstance(spec, Array):
             arguments[name] = _tensor(name, spec, sizes, rng).to(DEVICE)
         elif isinstance(spec, Start):
             first = int(torch.randint(0, max(sizes["S"] - sizes["L"], 0) + 1, (), generator=rng))
-            arguments[name] = torch.full((sizes["B"],), first, dtype=torch.int32, device=DEVICE) if optional() else first
+            arguments[name] = (
+                torch.full((sizes["B"],), first, dtype=torch.int32, device=DEVICE) if optional() else first
+            )
         elif isinstance(spec, Mean):
             arguments[name] = torch.tensor(0.02, device=DEVICE) if optional() else 0.02
         elif isinstance(spec, Made):
@@ -403,7 +443,11 @@ def make_odd(kind: str, name: str, arguments: dict[str, Any], sizes: dict[str, i
             return False
         arguments[name] = x.clone().requires_grad_()
     elif kind == "aliased":  # two arguments are one tensor
-        twins = [n for n, y in arguments.items() if isinstance(y, Tensor) and n != name and floating and y.shape == x.shape and y.dtype == x.dtype]
+        twins = [
+            n
+            for n, y in arguments.items()
+            if isinstance(y, Tensor) and n != name and floating and y.shape == x.shape and y.dtype == x.dtype
+        ]
         if not twins:
             return False
         arguments[name] = arguments[twins[0]]
@@ -427,7 +471,11 @@ def make_odd(kind: str, name: str, arguments: dict[str, Any], sizes: dict[str, i
         wild = torch.tensor([-(2**31), -1, 0, 1, sizes["S"] + 7, 2**31 - 1], dtype=torch.int32)
         arguments[name] = wild[torch.randint(0, len(wild), x.shape, generator=rng)].to(x.device)
     else:  # wild numbers
-        wild_numbers = {"scale": (0, 0.0, -0.5, 3), "mean_variance": (0, -1.0, math.nan, math.inf, -math.inf, 1e300, 5e-324), "start": (sizes["S"], 2**30)}
+        wild_numbers = {
+            "scale": (0, 0.0, -0.5, 3),
+            "mean_variance": (0, -1.0, math.nan, math.inf, -math.inf, 1e300, 5e-324),
+            "start": (sizes["S"], 2**30),
+        }
         if name not in wild_numbers or isinstance(x, Tensor):
             return False
         values = wild_numbers[name]
@@ -440,18 +488,25 @@ ODDITIES = (*LAYOUTS, "aliased", "NaN", "empty slots", "wild lengths", "wild num
 
 def plain(arguments: dict[str, Any], sizes: dict[str, int]) -> dict[str, Any]:
     """The same values in tensors of their own, contiguous and without a gradient; slots that are empty hold −1."""
-    copies = {n: x.detach().clone(memory_format=torch.contiguous_format).resolve_neg() if isinstance(x, Tensor) else x for n, x in arguments.items()}
+    copies = {
+        n: x.detach().clone(memory_format=torch.contiguous_format).resolve_neg() if isinstance(x, Tensor) else x
+        for n, x in arguments.items()
+    }
     if copies.get("selection.indices") is None:
         return copies
     indices, counts = copies["selection.indices"].cpu(), copies["selection.counts"].cpu()
-    B, L, K = indices.shape
+    B, L, _ = indices.shape
     start = copies.get("start")
     start = sizes["S"] - L if start is None else start
     first = start.tolist() if isinstance(start, Tensor) else [start] * B
     clean_indices, clean_counts = torch.full_like(indices, -1), torch.zeros_like(counts)
     for b in range(B):
         for t in range(L):
-            kept = sorted(i for i in indices[b, t, : max(int(counts[b, t]), 0)].tolist() if 0 <= i < min(sizes["S"], first[b] + t + 1))
+            kept = sorted(
+                i
+                for i in indices[b, t, : max(int(counts[b, t]), 0)].tolist()
+                if 0 <= i < min(sizes["S"], first[b] + t + 1)
+            )
             clean_counts[b, t] = len(kept)
             clean_indices[b, t, : len(kept)] = torch.tensor(kept, dtype=torch.int32)
     return copies | {"selection.indices": clean_indices.to(DEVICE), "selection.counts": clean_counts.to(DEVICE)}
@@ -463,8 +518,8 @@ def plain(arguments: dict[str, Any], sizes: dict[str, int]) -> dict[str, Any]:
 def public(name: str) -> Callable[..., Any]:
     """A function of the two packages."""
 
-    def call(impl: str, **arguments: Any) -> Any:
-        return getattr(gsa_ref if impl == REFERENCE else gsa_fast, name)(**keywords(impl), **arguments)
+    def call(impl: str, /, **arguments: Any) -> Any:
+        return getattr(gsa_ref if impl == REFERENCE else gsa_fast, name)(**keywords(impl) | arguments)
 
     return call
 
@@ -486,12 +541,16 @@ def model(config: ModelConfig = MODEL, training: bool = False) -> LanguageModel:
     return LanguageModel(config).to(DEVICE).train(training)
 
 
-def cache_of(sizes: dict[str, int], config: GSAConfig = CONFIG, *, B: int | None = None, held: int = HELD, **options: Any) -> GSACache:
+def cache_of(
+    sizes: dict[str, int], config: GSAConfig = CONFIG, *, B: int | None = None, held: int = HELD, **options: Any
+) -> GSACache:
     """A cache that holds `held` tokens per sequence."""
     made = GSACache.allocate(config, sizes["B"] if B is None else B, CAPACITY, **({"device": DEVICE} | options))
     for buffer in (made.k, made.v, made.k_idx):
         if buffer is not None:
-            buffer[:, :held] = torch.linspace(-1, 1, buffer[:, :held].numel(), device=buffer.device).view_as(buffer[:, :held])
+            buffer[:, :held] = torch.linspace(-1, 1, buffer[:, :held].numel(), device=buffer.device).view_as(
+                buffer[:, :held]
+            )
     made.lengths.fill_(held)
     made.longest = held
     return made
@@ -528,7 +587,7 @@ def cross_faults_of_attention(sizes: dict[str, int], arguments: dict[str, Any], 
     if sizes["L"] > 1 and "v" in arguments and "q_idx" not in arguments:
         fewer = {n: arguments[n][:, : sizes["L"] - 1] for n in ("k", "v")}
         changes = {"start": None, **fewer, "value_gate_logits": None}
-        found.append(Fault("no start for S < L", changes, ValueError, frozenset({"start"}), shape=True))
+        found.append(Fault("no start for S < L", changes, ValueError, frozenset({"start"}), group="shape"))
     return found
 
 
@@ -558,9 +617,11 @@ def decode_faults(sizes: dict[str, int], arguments: dict[str, Any], impl: str) -
     if impl != KERNELS:
         return []
     L = 9
-    changes = {n: torch.ones(sizes["B"], L, *arguments[n].shape[2:], device=DEVICE) for n in ("q", "q_idx", "head_logits")}
+    changes = {
+        n: torch.ones(sizes["B"], L, *arguments[n].shape[2:], device=DEVICE) for n in ("q", "q_idx", "head_logits")
+    }
     changes["output_gate_logits"] = None
-    return [Fault("too many queries", changes, NotImplementedError, frozenset({"q"}), shape=True)]
+    return [Fault("too many queries", changes, NotImplementedError, frozenset({"q"}), group="shape")]
 
 
 def validate_faults(sizes: dict[str, int], arguments: dict[str, Any], impl: str) -> list[Fault]:
@@ -568,13 +629,21 @@ def validate_faults(sizes: dict[str, int], arguments: dict[str, Any], impl: str)
     indices, counts = arguments["selection.indices"], arguments["selection.counts"]
     if indices.numel() == 0 or sizes["S"] < 2:
         return []
-    bad = {"duplicate slots": ([1, 1], 2), "unsorted slots": ([1, 0], 2), "negative slot": ([-1, 1], 2), "filled tail": ([0, 1], 1), "index past S": ([0, sizes["S"]], 2), "count above K": ([0, 1], 3), "negative count": ([-1, -1], -1)}
+    bad = {
+        "duplicate slots": ([1, 1], 2),
+        "unsorted slots": ([1, 0], 2),
+        "negative slot": ([-1, 1], 2),
+        "filled tail": ([0, 1], 1),
+        "index past S": ([0, sizes["S"]], 2),
+        "count above K": ([0, 1], 3),
+        "negative count": ([-1, -1], -1),
+    }
     found = []
     for kind, (row, count) in bad.items():
         i, c = indices.clone(), counts.clone()
         i[-1, -1], c[-1, -1] = torch.tensor(row, dtype=torch.int32), count
         changes = {"selection.indices": i, "selection.counts": c, "n_keys": sizes["S"]}
-        found.append(Fault(kind, changes, ValueError, frozenset(SLOTS), shape=True))
+        found.append(Fault(kind, changes, ValueError, frozenset(SLOTS), group="shape"))
     return found
 
 
@@ -601,7 +670,9 @@ def token_faults(name: str) -> Callable[..., list[Fault]]:
         tokens = arguments[name]
         if tokens.numel() == 0:
             return []
-        bad = [tokens.index_fill(1, torch.zeros(1, dtype=torch.int64, device=DEVICE), v) for v in (-1, MODEL.vocab, 2**40)]
+        bad = [
+            tokens.index_fill(1, torch.zeros(1, dtype=torch.int64, device=DEVICE), v) for v in (-1, MODEL.vocab, 2**40)
+        ]
         return [fault("token outside V", name, t, ValueError) for t in bad]
 
     return faults
@@ -613,7 +684,7 @@ def generate_faults(sizes: dict[str, int], arguments: dict[str, Any], impl: str)
         bad = [torch.full((sizes["B"],), n, dtype=torch.int32, device=DEVICE) for n in (0, -1, sizes["L"] + 1)]
         found = [fault("length outside [1, T]", "lengths", n, ValueError, ("lengths", "prompt")) for n in bad]
     empty = arguments["prompt"][:, :0]
-    found.append(fault("empty prompt", "prompt", empty, ValueError, ("prompt", "lengths"), shape=True))
+    found.append(fault("empty prompt", "prompt", empty, ValueError, ("prompt", "lengths"), group="shape"))
     return found
 
 
@@ -630,7 +701,9 @@ def index_faults(sizes: dict[str, int], arguments: dict[str, Any], impl: str) ->
 
 
 def full_faults(name: str) -> Callable[..., list[Fault]]:
-    return lambda sizes, arguments, impl: [fault("full cache", name, n, ValueError, {"cache"}) for n in (CAPACITY, 2**40)]
+    return lambda sizes, arguments, impl: [
+        fault("full cache", name, n, ValueError, {"cache"}) for n in (CAPACITY, 2**40)
+    ]
 
 
 def gold_faults(sizes: dict[str, int], arguments: dict[str, Any], impl: str) -> list[Fault]:
@@ -660,9 +733,14 @@ CONFIG_FIELDS: dict[str, Spec] = {
 }
 FUNCTIONS: dict[str, Function] = {
     "indexer_scores": Function(
-        {**INDEXER, "scale": Real(0.5), **START_LENGTHS}, public("indexer_scores"), IN_BOTH, faults=wide("q_idx", "k_idx")
+        {**INDEXER, "scale": Real(0.5), **START_LENGTHS},
+        public("indexer_scores"),
+        IN_BOTH,
+        faults=wide("q_idx", "k_idx"),
     ),
-    "score_variance": Function({"scores": Array("B L S", WIDE)}, public("score_variance"), IN_BOTH, faults=wide("scores")),
+    "score_variance": Function(
+        {"scores": Array("B L S", WIDE)}, public("score_variance"), IN_BOTH, faults=wide("scores")
+    ),
     "token_budget": Function(
         {"variance": Array("B L", WIDE), "mean_variance": Mean(), "n_valid": Array("B L", INT32), **BUDGET},
         public("token_budget"),
@@ -670,7 +748,11 @@ FUNCTIONS: dict[str, Function] = {
         faults=wide("variance"),
     ),
     "select_tokens": Function(
-        {"scores": Array("B L S", WIDE), "budget": Array("B L", INT32), "width": Whole(3, 1, MOST_TOKENS, optional=True)},
+        {
+            "scores": Array("B L S", WIDE),
+            "budget": Array("B L", INT32),
+            "width": Whole(3, 1, MOST_TOKENS, optional=True),
+        },
         public("select_tokens"),
         IN_BOTH,
         faults=wide("scores"),
@@ -684,7 +766,15 @@ FUNCTIONS: dict[str, Function] = {
         fast=SIGMOID,
     ),
     "sparse_attention": Function(
-        {"q": QUERY, "k": KEY, "v": KEY, **SLOTS, "scale": Real(0.3, optional=True), "start": Start(optional=True), **GATES},
+        {
+            "q": QUERY,
+            "k": KEY,
+            "v": KEY,
+            **SLOTS,
+            "scale": Real(0.3, optional=True),
+            "start": Start(optional=True),
+            **GATES,
+        },
         public("sparse_attention"),
         IN_BOTH,
         faults=also(cross_faults_of_attention, wide("q", "k", "v")),
@@ -733,24 +823,29 @@ FUNCTIONS: dict[str, Function] = {
         compared=False,
     ),
     "explain_choice": Function(
-        {**{n: Whole(v, 0) for n, v in (("L", 3), ("S", 5), ("K", 2))}, **{n: Whole(SIZES[n], 1) for n in ("H", "H_kv", "d_h")}},
-        lambda impl, **arguments: gsa_fast.explain_choice(**{"dtype": torch.float16} | arguments),
+        {
+            **{n: Whole(v, 0) for n, v in (("L", 3), ("S", 5), ("K", 2))},
+            **{n: Whole(SIZES[n], 1) for n in ("H", "H_kv", "d_h")},
+        },
+        lambda impl, /, **arguments: gsa_fast.explain_choice(**{"dtype": torch.float16} | arguments),
         faults=also(
             lambda *call: [fault("heads that do not divide", "H", 5, ValueError)],
-            lambda *call: [fault("type", "dtype", v, TypeError) for v in ("float16", None, [], torch.int32, torch.float64)],
+            lambda *call: [
+                fault("type", "dtype", v, TypeError) for v in ("float16", None, [], torch.int32, torch.float64)
+            ],
         ),
     ),
     "GatedSparseAttention": Function(
         {"config": A_CONFIG},
-        lambda impl, **arguments: (gsa_ref if impl == REFERENCE else gsa_fast).GatedSparseAttention(
-            **keywords(impl) | arguments
-        ).config,
+        lambda impl, /, **arguments: (
+            (gsa_ref if impl == REFERENCE else gsa_fast).GatedSparseAttention(**keywords(impl) | arguments).config
+        ),
         IN_BOTH,
         fast={**SIGMOID, "deterministic": Flag(True)},
     ),
     "GatedSparseAttention.forward": Function(
         {"h": Array("B L d"), "cache": Made(cache_of, optional=True, wrong=wrong_caches), "lengths": LENGTHS},
-        lambda impl, **arguments: layer(impl)(**arguments).hidden,
+        lambda impl, /, **arguments: layer(impl)(**arguments).hidden,
         IN_BOTH,
         bound=("d", "dtype"),
         compared=False,
@@ -758,45 +853,54 @@ FUNCTIONS: dict[str, Function] = {
     ),
     "GatedSparseAttention.forward, training": Function(
         {"h": Array("B L d"), "lengths": LENGTHS},
-        lambda impl, **arguments: [x for x in layer(impl, True)(**arguments) if x is not None],
+        lambda impl, /, **arguments: [x for x in layer(impl, True)(**arguments) if x is not None],
         IN_BOTH,
         bound=("d", "dtype"),
         faults=lambda sizes, *call: [fault("cache in training", "cache", cache_of(sizes), ValueError)],
         compared=False,
     ),
     "GatedSparseAttention.set_phase": Function(
-        {"phase": Name(("sparse", "warm_up"))}, lambda impl, **arguments: layer(impl, True).set_phase(**arguments), IN_BOTH
+        {"phase": Name(("sparse", "warm_up"))},
+        lambda impl, /, **arguments: layer(impl, True).set_phase(**arguments),
+        IN_BOTH,
     ),
-    "LightningIndexer": Function({"config": A_CONFIG}, lambda impl, config: gsa_ref.LightningIndexer(config).config),
+    "LightningIndexer": Function({"config": A_CONFIG}, lambda impl, /, config: gsa_ref.LightningIndexer(config).config),
     "LightningIndexer.forward": Function(
-        {"h": Array("B L d"), "start": Start()}, lambda impl, **arguments: layer(REFERENCE).indexer(**arguments), bound=("d", "dtype")
+        {"h": Array("B L d"), "start": Start()},
+        lambda impl, /, **arguments: layer(REFERENCE).indexer(**arguments),
+        bound=("d", "dtype"),
     ),
     "apply_rope": Function(
         {"x": Array("B L heads d_h"), "start": Start(), "theta": Real(100.0, positive=True)},
-        lambda impl, **arguments: gsa_ref.apply_rope(**arguments),
-        faults=lambda sizes, arguments, impl: [fault("odd width", "x", arguments["x"][..., 1:], ValueError, shape=True)],
+        lambda impl, /, **arguments: gsa_ref.apply_rope(**arguments),
+        faults=lambda sizes, arguments, impl: [
+            fault("odd width", "x", arguments["x"][..., 1:], ValueError, group="shape")
+        ],
     ),
     "dense_attention": Function(
-        {"q": QUERY, "k": KEY, "v": KEY, **START_LENGTHS}, lambda impl, **arguments: gsa_ref.dense_attention(**arguments)
+        {"q": QUERY, "k": KEY, "v": KEY, **START_LENGTHS},
+        lambda impl, /, **arguments: gsa_ref.dense_attention(**arguments),
     ),
     "captured_mass": Function(
         {"q": QUERY, "k": KEY, **SLOTS, "scale": Real(0.3, optional=True), **START_LENGTHS},
-        lambda impl, **arguments: gsa_ref.captured_mass(**arguments),
+        lambda impl, /, **arguments: gsa_ref.captured_mass(**arguments),
     ),
     "Selection.validate": Function(
         {**SLOTS, "n_keys": Whole(20, 0, optional=True)},
-        lambda impl, selection, n_keys: selection.validate(n_keys),
+        lambda impl, /, selection, n_keys: selection.validate(n_keys),
         faults=validate_faults,
     ),
-    "GSAConfig": Function(CONFIG_FIELDS, lambda impl, **arguments: GSAConfig(**arguments), faults=config_faults),
-    "GSAConfig.variant": Function({"name": Name(("gsa", "dense", "sparse", "gated"))}, lambda impl, name: CONFIG.variant(name)),
+    "GSAConfig": Function(CONFIG_FIELDS, lambda impl, /, **arguments: GSAConfig(**arguments), faults=config_faults),
+    "GSAConfig.variant": Function(
+        {"name": Name(("gsa", "dense", "sparse", "gated"))}, lambda impl, /, name: CONFIG.variant(name)
+    ),
     "ModelConfig": Function(
         {"attention": A_CONFIG, "n_layers": Whole(2, 1), "d_ff": Whole(8, 1), "vocab": Whole(260, 1)},
-        lambda impl, **arguments: ModelConfig(**arguments),
+        lambda impl, /, **arguments: ModelConfig(**arguments),
     ),
     "LanguageModel": Function(
         {"config": Made(lambda sizes: MODEL), "layer": Made(lambda sizes: gsa_ref.GatedSparseAttention, also=(type,))},
-        lambda impl, **arguments: LanguageModel(**arguments).config,
+        lambda impl, /, **arguments: LanguageModel(**arguments).config,
     ),
     "LanguageModel.forward": Function(
         {
@@ -809,16 +913,16 @@ FUNCTIONS: dict[str, Function] = {
             ),
             "lengths": LENGTHS,
         },
-        lambda impl, **arguments: model()(**arguments).logits,
+        lambda impl, /, **arguments: model()(**arguments).logits,
         bound=("embedding",),
         mutates=True,
     ),
     "LanguageModel.allocate_caches": Function(
         {"batch_size": Whole(2, 0), "capacity": Whole(4, 1, 2**31 - 1)},
-        lambda impl, **arguments: [c.k for c in model().allocate_caches(**arguments)],
+        lambda impl, /, **arguments: [c.k for c in model().allocate_caches(**arguments)],
     ),
     "LanguageModel.set_phase": Function(
-        {"phase": Name(("sparse", "warm_up"))}, lambda impl, phase: model(MODEL, True).set_phase(phase)
+        {"phase": Name(("sparse", "warm_up"))}, lambda impl, /, phase: model(MODEL, True).set_phase(phase)
     ),
     "generate": Function(
         {
@@ -840,7 +944,7 @@ FUNCTIONS: dict[str, Function] = {
             "use_cache": Flag(True),
             "progress": Flag(False),
         },
-        lambda impl, **arguments: gsa_ref.generate(**arguments),
+        lambda impl, /, **arguments: gsa_ref.generate(**arguments),
         bound=("embedding",),
         faults=also(generate_faults, token_faults("prompt")),
         smallest={"L": 1},
@@ -853,15 +957,17 @@ FUNCTIONS: dict[str, Function] = {
             "lengths": Array("B", INT32),
             "longest": Whole(2, 0, CAPACITY),
         },
-        lambda impl, **arguments: GSACache(**arguments).k,
+        lambda impl, /, **arguments: GSACache(**arguments).k,
     ),
     "GSACache.allocate": Function(
         {"config": A_CONFIG, "batch_size": Whole(2, 0), "capacity": Whole(4, 1, 2**31 - 1)},
-        lambda impl, **arguments: GSACache.allocate(**arguments).k,
+        lambda impl, /, **arguments: GSACache.allocate(**arguments).k,
         faults=dtype_faults(device=True),
     ),
     "GSACache.bytes_per_token": Function(
-        {"config": A_CONFIG}, lambda impl, **arguments: GSACache.bytes_per_token(**arguments), faults=dtype_faults(device=False)
+        {"config": A_CONFIG},
+        lambda impl, /, **arguments: GSACache.bytes_per_token(**arguments),
+        faults=dtype_faults(device=False),
     ),
     "GSACache.check": Function(
         {
@@ -871,7 +977,7 @@ FUNCTIONS: dict[str, Function] = {
             "n_new": Whole(2, 0),
             "like": Made(lambda sizes: torch.zeros(1, device=DEVICE)),
         },
-        lambda impl, cache, **arguments: cache.check(**arguments),
+        lambda impl, /, cache, **arguments: cache.check(**arguments),
         faults=also(
             full_faults("n_new"),
             lambda sizes, arguments, impl: [
@@ -888,44 +994,47 @@ FUNCTIONS: dict[str, Function] = {
     ),
     "GSACache.advance": Function(
         {"cache": A_CACHE, "n_new": Whole(2, 0)},
-        lambda impl, cache, **arguments: cache.advance(**arguments),
+        lambda impl, /, cache, **arguments: cache.advance(**arguments),
         faults=full_faults("n_new"),
         mutates=True,
     ),
     "GSACache.truncate, an int": Function(
         {"cache": A_CACHE, "lengths": Whole(1, 0, HELD)},
-        lambda impl, cache, lengths: [cache.truncate(lengths), cache.k, cache.lengths][1:],
+        lambda impl, /, cache, lengths: [cache.truncate(lengths), cache.k, cache.lengths][1:],
         mutates=True,
     ),
     "GSACache.truncate, a tensor": Function(
         {"cache": A_CACHE, "lengths": Array("B", INT32, also=(int,))},
-        lambda impl, cache, lengths: [cache.truncate(lengths), cache.k, cache.lengths][1:],
+        lambda impl, /, cache, lengths: [cache.truncate(lengths), cache.k, cache.lengths][1:],
         bound=("B",),
         faults=held_faults,
         mutates=True,
     ),
     "GSACache.reorder": Function(
         {"cache": A_CACHE, "index": Array("B", (torch.int32, torch.int64))},
-        lambda impl, cache, index: [cache.reorder(index), cache.k, cache.lengths][1:],
+        lambda impl, /, cache, index: [cache.reorder(index), cache.k, cache.lengths][1:],
         bound=("device",),
         faults=index_faults,
         mutates=True,
     ),
     "GSACache.grow": Function(
         {"cache": A_CACHE, "capacity": Whole(CAPACITY + 1, CAPACITY, 2**31 - 1)},
-        lambda impl, cache, capacity: [cache.grow(capacity), cache.k][1:],
+        lambda impl, /, cache, capacity: [cache.grow(capacity), cache.k][1:],
         mutates=True,
     ),
     "check.unit_roundoff": Function(
-        {}, lambda impl, dtype=torch.float32: check.unit_roundoff(dtype), faults=gold_faults
+        {}, lambda impl, /, dtype=torch.float32: check.unit_roundoff(dtype), faults=gold_faults
     ),
     "check.score_tolerance": Function(
-        {"sigmoid_mode": Name(("exact", "approximate")), "scale": Real(0.5)},
-        lambda impl, **arguments: torch.tensor(
-            check.score_tolerance(np.ones((2, 1, 3)), np.ones((4, 3)), np.ones((2, 1)), np.ones(1), **arguments)
+        SIGMOID,
+        lambda impl, /, **arguments: torch.tensor(
+            check.score_tolerance(
+                np.ones((2, 1, 3)), np.ones((4, 3)), np.ones((2, 1)), np.ones(1), scale=0.5, **arguments
+            )
         ),
     ),
 }
+FUNCTIONS = {name: replace(f, chooses=name in gsa_fast.__all__ and KERNELS in f.impls) for name, f in FUNCTIONS.items()}
 
 
 # ---- one call --------------------------------------------------------------------------------------------------------
@@ -984,7 +1093,13 @@ def calls(draw: st.DrawFn, functions: tuple[str, ...] = tuple(FUNCTIONS)) -> Cal
     impl = draw(st.sampled_from(FUNCTIONS[name].impls))
     function = FUNCTIONS[name].of(impl)
     # Mostly sizes that differ from one another, so that swapped axes show.
-    sizes = SIZES | dict(zip("BLS", draw(st.sampled_from([(2, 3, 5)] * 5 + [(1, 1, 5), (0, 3, 5), (2, 0, 5), (2, 3, 0), (2, 3, 1)])), strict=True))
+    sizes = SIZES | dict(
+        zip(
+            "BLS",
+            draw(st.sampled_from([(2, 3, 5)] * 5 + [(1, 1, 5), (0, 3, 5), (2, 0, 5), (2, 3, 0), (2, 3, 1)])),
+            strict=True,
+        )
+    )
     sizes |= {axis: max(sizes[axis], n) for axis, n in function.smallest.items()}
     rng = torch.Generator().manual_seed(draw(st.integers(0, 2**32 - 1)))
     arguments = legal(function, sizes, rng, lambda: draw(st.booleans()))
@@ -992,11 +1107,11 @@ def calls(draw: st.DrawFn, functions: tuple[str, ...] = tuple(FUNCTIONS)) -> Cal
     oddities: list[str] = []
     for _ in range(draw(st.sampled_from((0, 1, 1, 1, 1, 2, 2, 3)))):
         taken = {n for f in chosen for n in f.changes}
-        has_shape = any(f.shape for f in chosen)
+        groups = {f.group for f in chosen} - {""}
         left = [
             f
             for f in faults_of(function, sizes, arguments, impl)
-            if not taken & set(f.changes) and not (f.shape and has_shape)
+            if not taken & set(f.changes) and f.group not in groups
         ]
         if not left:
             break
@@ -1006,8 +1121,10 @@ def calls(draw: st.DrawFn, functions: tuple[str, ...] = tuple(FUNCTIONS)) -> Cal
         for kind in draw(st.lists(st.sampled_from(ODDITIES), max_size=3)):
             if arguments and make_odd(kind, draw(st.sampled_from(list(arguments))), arguments, sizes, rng):
                 oddities.append(kind)
+    kinds = {f.kind for f in chosen}
     arguments = arguments | {n: v for f in chosen for n, v in f.changes.items()}
-    return Call(name, impl, sizes, arguments, tuple(chosen), tuple(oddities), draw(st.booleans()))
+    grad = draw(st.booleans()) or "cache in training" in kinds
+    return Call(name, impl, sizes, arguments, tuple(chosen), tuple(oddities), grad)
 
 
 def _leaves(value: Any) -> Iterator[Any]:
@@ -1097,7 +1214,10 @@ def run(call: Call) -> str:
 
 def _check_unchanged(call: Call, arguments: dict[str, Any], before: list[tuple[Any, Any]]) -> None:
     after = list(_leaves(list(arguments.values())))
-    if len(after) != len(before) or not all(x is y and _equal(x, copy) if isinstance(y, Tensor) else _equal(x, copy) for x, (y, copy) in zip(after, before, strict=True)):
+    if len(after) != len(before) or not all(
+        x is y and _equal(x, copy) if isinstance(y, Tensor) else _equal(x, copy)
+        for x, (y, copy) in zip(after, before, strict=True)
+    ):
         raise Violation(f"{call!r}\n    changed an argument")
 
 
@@ -1105,17 +1225,23 @@ def _judge(call: Call, error: Exception) -> str:
     message = str(error)
     name = message.partition(":")[0]
     for f in call.faults:
-        names = f.names | {n.removeprefix("selection.") for n in f.names} | ({"cache"} if "caches" in f.names else set())
+        names = (
+            f.names | {n.removeprefix("selection.") for n in f.names} | ({"cache"} if "caches" in f.names else set())
+        )
         if type(error) is f.exception and name in names and any(a in message and b in message for a, b in MESSAGE):
             return type(error).__name__
     wanted = [f"{f.exception.__name__} that names {' or '.join(sorted(f.names))}" for f in call.faults] or ["a result"]
-    raise Violation(f"{call!r}\n    raised {type(error).__name__}: {message[:300]}\n    expected {', or '.join(wanted)}") from error
+    raise Violation(
+        f"{call!r}\n    raised {type(error).__name__}: {message[:300]}\n    expected {', or '.join(wanted)}"
+    ) from error
 
 
 # ---- many calls ------------------------------------------------------------------------------------------------------
 
 
-def campaign(n: int, first_seed: int, progress: bool = True) -> tuple[Counter[tuple[str, str, str, str]], list[Violation]]:
+def campaign(
+    n: int, first_seed: int, progress: bool = True
+) -> tuple[Counter[tuple[str, str, str, str]], list[Violation]]:
     """n calls, counted by function, package, fault and outcome, and the violations among them."""
     counts: Counter[tuple[str, str, str, str]] = Counter()
     violations: list[Violation] = []
@@ -1163,7 +1289,9 @@ def main(words: list[str] | None = None) -> int:
         ]
         record = {
             "suite": "fuzzing",
-            "device": platform.machine() + ", Triton's interpreter" if DEVICE == "cpu" else torch.cuda.get_device_name(),
+            "device": platform.machine() + ", Triton's interpreter"
+            if DEVICE == "cpu"
+            else torch.cuda.get_device_name(),
             "torch": torch.__version__,
             "triton": triton.__version__,
             "python": platform.python_version(),
