@@ -1,4 +1,4 @@
-"""Calls with bad and with odd input, each with its expectation: what `make fuzz` and tests/test_fuzzing.py draw.
+"""Calls with bad and with odd input, each with its expectation: what `make fuzz` and tests/fast/test_fuzzing.py draw.
 
     python -m tests.fuzzing                       10,000 calls, with a summary
     python -m tests.fuzzing --calls 500 --seed 1  others, and fewer
@@ -40,9 +40,12 @@ from tqdm import tqdm
 
 import gsa_fast
 import gsa_ref
+from gsa_fast.verification.interpreter import enable_interpreter_checks
 from gsa_ref import GSACache, GSAConfig, LanguageModel, ModelConfig, Selection, check
 from gsa_ref._arguments import FLOATING, MOST_TOKENS, RULES
 from gsa_ref.cases import lay_out
+
+enable_interpreter_checks()  # an int32 overflow in a kernel raises
 
 RECORD = "benchmarks/results/cpu/fuzzing.json"
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from learning import DIRECTIVES as LEARNING
-from records import verification_table  # mkdocs loads a hook with its folder on the path
+from records import fuzzing_table, verification_table  # mkdocs loads a hook with its folder on the path
 from speed import DIRECTIVES as SPEED
 
 log = logging.getLogger("mkdocs.hooks.thread")
@@ -354,6 +354,7 @@ DIRECTIVES: dict[str, Callable[..., str]] = {
     "fact": fact,
     "equation_index": equation_index,
     "verification_table": verification_table,
+    "fuzzing_table": fuzzing_table,
     **SPEED,
     **LEARNING,
 }

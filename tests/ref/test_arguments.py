@@ -503,7 +503,12 @@ def test_an_indexer_checks_its_config_and_its_input():
     indexer = LightningIndexer(CONFIG)
     for h, start, exception, message in (
         (zeros(2, 3, 7), 0, ValueError, r"^h: expected shape \[B, L, d=8\], got \[2, 3, 7\]$"),
-        (zeros(2, 3, 8).half(), 0, TypeError, r"^h: expected dtype torch.float32 as the parameters, got torch.float16$"),
+        (
+            zeros(2, 3, 8).half(),
+            0,
+            TypeError,
+            r"^h: expected dtype torch.float32 as the parameters, got torch.float16$",
+        ),
         (zeros(2, 3, 8, device="meta"), 0, ValueError, r"^h: expected device cpu as the parameters, got meta$"),
         (zeros(2, 3, 8), -1, ValueError, r"^start: expected an int ≥ 0, got -1$"),
         (zeros(2, 3, 8), ints(3), ValueError, r"^start: expected shape \[B=2\], got \[3\]$"),
@@ -532,9 +537,9 @@ def test_a_cache_is_allocated_from_what_it_can_hold(name, value, exception, expe
 
 
 def test_bytes_of_a_token_want_a_config_and_a_dtype():
-    with pytest.raises(TypeError, match="^config: expected a GSAConfig, got NoneType$"):
+    with pytest.raises(TypeError, match=r"^config: expected a GSAConfig, got NoneType$"):
         GSACache.bytes_per_token(None)
-    with pytest.raises(TypeError, match="^dtype: expected a torch.dtype, got int 4$"):
+    with pytest.raises(TypeError, match=r"^dtype: expected a torch.dtype, got int 4$"):
         GSACache.bytes_per_token(CONFIG, dtype=4)
 
 
@@ -592,13 +597,13 @@ def test_validation_of_a_selection_checks_types_and_shapes_first(slots, n_keys, 
 
 
 def test_a_model_wants_something_that_makes_its_layers():
-    with pytest.raises(TypeError, match="^layer: expected a class or function that makes a layer, got str$"):
+    with pytest.raises(TypeError, match=r"^layer: expected a class or function that makes a layer, got str$"):
         LanguageModel(ModelConfig(attention=CONFIG, n_layers=1, d_ff=8), layer="gsa")
 
 
 def test_bounds_want_a_mode_and_a_dtype_that_they_know():
     inputs = np.ones((2, 1, 3)), np.ones((4, 3)), np.ones((2, 1)), np.ones(1)
-    with pytest.raises(ValueError, match="^sigmoid_mode: expected exact or approximate, got 'fast'$"):
+    with pytest.raises(ValueError, match=r"^sigmoid_mode: expected exact or approximate, got 'fast'$"):
         check.score_tolerance(*inputs, scale=1.0, sigmoid_mode="fast")
     for dtype, got in ((torch.int32, "torch.int32"), ("float32", "str 'float32'")):
         with pytest.raises(TypeError, match=f"^dtype: expected .*got {got}$"):
