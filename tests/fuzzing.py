@@ -85,6 +85,7 @@ class Whole:
     low: int
     high: int | None = None
     optional: bool = False
+    also: tuple[type, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -230,6 +231,8 @@ def faults_of(function: Function, sizes: dict[str, int], arguments: dict[str, An
         value = arguments[name]
         if (isinstance(spec, Made) and spec.receiver) or (value is None and name.startswith("selection.")):
             continue
+        if name == "lse" and arguments["selection.indices"] is None:
+            continue  # whatever it is, there may be none
         found += _wrong_types(name, spec, value)
         if isinstance(value, Tensor) and not isinstance(spec, Made):
             shared = {n for n, v in arguments.items() if isinstance(v, Tensor)}
@@ -459,7 +462,7 @@ def make_odd(kind: str, name: str, arguments: dict[str, Any], sizes: dict[str, i
             return False
         arguments[name] = x.masked_fill(torch.rand(x.shape, generator=rng).to(x.device) < 0.2, math.nan)
     elif kind == "empty slots":
-        if name != "selection.indices":
+        if name != "selection.indices" or x is None:
             return False
         B, L, K = x.shape
         wild = torch.tensor([-(2**31), -7, -1, sizes["S"], sizes["S"] + 3, 2**31 - 1], dtype=torch.int32)
@@ -469,7 +472,8 @@ def make_odd(kind: str, name: str, arguments: dict[str, Any], sizes: dict[str, i
         counts = torch.tensor([-(2**31), -1, 0, 1, K, K + 1, 2**31 - 1], dtype=torch.int32)
         arguments["selection.counts"] = counts[torch.randint(0, len(counts), (B, L), generator=rng)].to(x.device)
     elif kind == "wild lengths":
-        if name not in ("lengths", "n_valid", "budget") or x is None or arguments.get("width", 0) is None:
+        looked_at = "prompt" in arguments or set(arguments) == {"cache", "lengths"} or arguments.get("width", 0) is None
+        if name not in ("lengths", "n_valid", "budget") or x is None or looked_at:
             return False
         wild = torch.tensor([-(2**31), -1, 0, 1, sizes["S"] + 7, 2**31 - 1], dtype=torch.int32)
         arguments[name] = wild[torch.randint(0, len(wild), x.shape, generator=rng)].to(x.device)
@@ -608,6 +612,13 @@ def wide(*names: str) -> Callable[[dict[str, int], dict[str, Any], str], list[Fa
 
 def also(*makers: Callable[[dict[str, int], dict[str, Any], str], list[Fault]]) -> Callable[..., list[Fault]]:
     return lambda *call: [f for make in makers for f in make(*call)]
+
+
+def select_faults(sizes: dict[str, int], arguments: dict[str, Any], impl: str) -> list[Fault]:
+    budget = arguments["budget"]
+    if arguments["width"] is not None or not budget.numel():
+        return []
+    return [fault("budget without width", "budget", budget + n, ValueError) for n in (MOST_TOKENS, 2**31 - 1 - HELD)]
 
 
 def kl_faults(sizes: dict[str, int], arguments: dict[str, Any], impl: str) -> list[Fault]:
@@ -758,7 +769,7 @@ FUNCTIONS: dict[str, Function] = {
         },
         public("select_tokens"),
         IN_BOTH,
-        faults=wide("scores"),
+        faults=also(wide("scores"), select_faults),
     ),
     "indexed_selection": Function(
         {**INDEXER, "mean_variance": Mean(), "config": A_CONFIG, **START_LENGTHS},
@@ -1002,7 +1013,7 @@ FUNCTIONS: dict[str, Function] = {
         mutates=True,
     ),
     "GSACache.truncate, an int": Function(
-        {"cache": A_CACHE, "lengths": Whole(1, 0, HELD)},
+        {"cache": A_CACHE, "lengths": Whole(1, 0, HELD, also=(Tensor,))},
         lambda impl, /, cache, lengths: [cache.truncate(lengths), cache.k, cache.lengths][1:],
         mutates=True,
     ),
@@ -1090,9 +1101,10 @@ def assemble(arguments: dict[str, Any]) -> dict[str, Any]:
 
 
 @st.composite
-def calls(draw: st.DrawFn, functions: tuple[str, ...] = tuple(FUNCTIONS)) -> Call:
+def calls(draw: st.DrawFn) -> Call:
     """Calls of the public API, most of them with one to three faults."""
-    name = draw(st.sampled_from(functions))
+    # A function that exists three times is drawn three times as often.
+    name = draw(st.sampled_from([name for name, f in FUNCTIONS.items() for _ in f.impls]))
     impl = draw(st.sampled_from(FUNCTIONS[name].impls))
     function = FUNCTIONS[name].of(impl)
     # Mostly sizes that differ from one another, so that swapped axes show.
@@ -1103,12 +1115,13 @@ def calls(draw: st.DrawFn, functions: tuple[str, ...] = tuple(FUNCTIONS)) -> Cal
             strict=True,
         )
     )
+    sizes["K"] = draw(st.sampled_from((2, 2, 2, 0, 7)))
     sizes |= {axis: max(sizes[axis], n) for axis, n in function.smallest.items()}
     rng = torch.Generator().manual_seed(draw(st.integers(0, 2**32 - 1)))
     arguments = legal(function, sizes, rng, lambda: draw(st.booleans()))
     chosen: list[Fault] = []
     oddities: list[str] = []
-    for _ in range(draw(st.sampled_from((0, 1, 1, 1, 1, 2, 2, 3)))):
+    for _ in range(draw(st.sampled_from((0, 0, 1, 1, 1, 1, 2, 3)))):
         taken = {n for f in chosen for n in f.changes}
         groups = {f.group for f in chosen} - {""}
         left = [
@@ -1121,8 +1134,10 @@ def calls(draw: st.DrawFn, functions: tuple[str, ...] = tuple(FUNCTIONS)) -> Cal
         kind = draw(st.sampled_from(sorted({f.kind for f in left})))
         chosen.append(draw(st.sampled_from([f for f in left if f.kind == kind])))
     if not chosen and function.odd:
-        for kind in draw(st.lists(st.sampled_from(ODDITIES), max_size=3)):
-            if arguments and make_odd(kind, draw(st.sampled_from(list(arguments))), arguments, sizes, rng):
+        for kind in draw(st.lists(st.sampled_from(ODDITIES), max_size=3, unique=True)):
+            fitting = [n for n in arguments if make_odd(kind, n, dict(arguments), sizes, rng)]
+            if fitting:
+                make_odd(kind, draw(st.sampled_from(fitting)), arguments, sizes, rng)
                 oddities.append(kind)
     kinds = {f.kind for f in chosen}
     arguments = arguments | {n: v for f in chosen for n, v in f.changes.items()}

@@ -296,6 +296,7 @@ TABLE = [
     wrong("select_tokens", "budget", ints(2, 3, device="meta"), ValueError, "device cpu as scores", "meta"),
     wrong("select_tokens", "width", 0, ValueError, "an int ≥ 1", "0"),
     wrong("select_tokens", "width", 2.0, TypeError, "an int", "float 2.0"),
+    wrong("select_tokens", "budget", (2**24 + 1) * ints(2, 3), ValueError, "at most 16777216", "16777217"),
     wrong("select_tokens", "width", 2**40, ValueError, "an int ≤ 16777216", "1099511627776"),
     *[not_a_tensor("sparse_attention", name, None) for name in ("q", "k", "v")],
     *[
