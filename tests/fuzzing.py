@@ -649,13 +649,14 @@ def validate_faults(sizes: dict[str, int], arguments: dict[str, Any], impl: str)
         "negative slot": ([-1, 1], 2),
         "filled tail": ([0, 1], 1),
         "index past S": ([0, sizes["S"]], 2),
-        "count above K": ([0, 1], 3),
+        "count above K": ([0, 1], sizes["K"] + 1),
         "negative count": ([-1, -1], -1),
     }
     found = []
     for kind, (row, count) in bad.items():
         i, c = indices.clone(), counts.clone()
-        i[-1, -1], c[-1, -1] = torch.tensor(row, dtype=torch.int32), count
+        i[-1, -1], c[-1, -1] = -1, count
+        i[-1, -1, :2] = torch.tensor(row, dtype=torch.int32)
         changes = {"selection.indices": i, "selection.counts": c, "n_keys": sizes["S"]}
         found.append(Fault(kind, changes, ValueError, frozenset(SLOTS), group="shape"))
     return found
@@ -1108,20 +1109,18 @@ def calls(draw: st.DrawFn) -> Call:
     impl = draw(st.sampled_from(FUNCTIONS[name].impls))
     function = FUNCTIONS[name].of(impl)
     # Mostly sizes that differ from one another, so that swapped axes show.
-    sizes = SIZES | dict(
-        zip(
-            "BLS",
-            draw(st.sampled_from([(2, 3, 5)] * 5 + [(1, 1, 5), (0, 3, 5), (2, 0, 5), (2, 3, 0), (2, 3, 1)])),
-            strict=True,
-        )
-    )
+    n_faults = draw(st.sampled_from((0, 0, 1, 1, 1, 1, 2, 3) if impl != KERNELS else (0, 1, 1, 1, 1, 1, 2, 3)))
+    # Legal calls alone run a kernel, in the interpreter a program after another: with as few rows as show a stride.
+    shapes = [(2, 3, 5)] * 5 + [(1, 1, 5), (2, 3, 1)] if n_faults or impl != KERNELS else [(1, 2, 5), (2, 1, 3)] * 2
+    shapes += [(0, 3, 5), (2, 0, 5), (2, 3, 0)]
+    sizes = SIZES | dict(zip("BLS", draw(st.sampled_from(shapes)), strict=True))
     sizes["K"] = draw(st.sampled_from((2, 2, 2, 0, 7)))
     sizes |= {axis: max(sizes[axis], n) for axis, n in function.smallest.items()}
     rng = torch.Generator().manual_seed(draw(st.integers(0, 2**32 - 1)))
     arguments = legal(function, sizes, rng, lambda: draw(st.booleans()))
     chosen: list[Fault] = []
     oddities: list[str] = []
-    for _ in range(draw(st.sampled_from((0, 0, 1, 1, 1, 1, 2, 3)))):
+    for _ in range(n_faults):
         taken = {n for f in chosen for n in f.changes}
         groups = {f.group for f in chosen} - {""}
         left = [
