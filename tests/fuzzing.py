@@ -462,7 +462,7 @@ def make_odd(kind: str, name: str, arguments: dict[str, Any], sizes: dict[str, i
             return False
         arguments[name] = x.masked_fill(torch.rand(x.shape, generator=rng).to(x.device) < 0.2, math.nan)
     elif kind == "empty slots":
-        if name != "selection.indices" or x is None:
+        if name != "selection.indices" or x is None or "q" not in arguments:  # `validate` refuses them
             return False
         B, L, K = x.shape
         wild = torch.tensor([-(2**31), -7, -1, sizes["S"], sizes["S"] + 3, 2**31 - 1], dtype=torch.int32)
