@@ -8,9 +8,10 @@ BIN    := $(VENV)/bin
 # The build of PyTorch that the project is tested with. Plain pip takes the CUDA build on a Linux machine.
 TORCH  ?= torch==2.13.0
 VERIFY ?=
+FUZZ   ?=
 JOBS   ?= 2
 
-.PHONY: help verify test lint types unit notebooks notebook-outputs docs serve mutants clean
+.PHONY: help verify test lint types unit notebooks notebook-outputs docs serve fuzz mutants clean
 .DEFAULT_GOAL := help
 
 help: ## list the targets
@@ -64,6 +65,9 @@ docs: $(VENV)/.dev ## build the site, strictly
 
 serve: $(VENV)/.dev ## the site at http://127.0.0.1:8000
 	$(BIN)/python -m mkdocs serve
+
+fuzz: $(VENV)/.dev ## 10,000 calls with bad or odd input; each must end as the contracts say (FUZZ="--calls 500" and so on)
+	$(BIN)/python -m tests.fuzzing $(FUZZ)
 
 mutants: $(VENV)/.dev ## apply faults to copies of the kernels; every one must turn a check red
 	$(BIN)/python -m tests.mutants

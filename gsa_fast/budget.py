@@ -1,5 +1,7 @@
 """Adaptive sparsity controller (Eq. 8): kernels, launchers, custom ops."""
 
+import math
+
 import torch
 import triton
 import triton.language as tl
@@ -188,4 +190,6 @@ def as_scalar(mean_variance: float | Tensor, device: torch.device) -> Tensor:
     """V̄ as the float32 scalar tensor that the kernels read, without waiting for the device."""
     if isinstance(mean_variance, Tensor):
         return mean_variance.detach().to(torch.float32)
+    if abs(mean_variance) > torch.finfo(torch.float32).max:  # torch.full refuses to round it
+        mean_variance = math.inf if mean_variance > 0 else -math.inf
     return torch.full((), mean_variance, dtype=torch.float32, device=device)

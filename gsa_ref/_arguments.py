@@ -4,7 +4,7 @@ Every check reads metadata only (shape, dtype, device), so none of them waits fo
 says what was expected and what came: `TypeError` for a type or dtype, `ValueError` for a shape, device or value.
 """
 
-import math
+import sys
 from collections.abc import Iterable
 from typing import Any
 
@@ -14,6 +14,7 @@ from torch import Tensor
 FLOATING = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 RULES = ("proportional", "inverse", "fixed")
 MOST_TOKENS = 2**24  # float32, in which Eq. 8 is computed, counts exactly up to here
+INT32_MAX = 2**31 - 1  # positions and lengths are int32
 
 
 def check_tensor(name: str, value: Any, dims: str, sizes: dict[str, int], *, dtypes: Iterable[torch.dtype]) -> None:
@@ -21,10 +22,8 @@ def check_tensor(name: str, value: Any, dims: str, sizes: dict[str, int], *, dty
 
     `sizes` maps an axis name to its length: known names must match, new ones are added. A digit is a fixed length.
     """
-    if not isinstance(value, Tensor):
-        raise TypeError(f"{name}: expected a torch.Tensor, got {type(value).__name__}")
-    if value.dtype not in (allowed := tuple(dtypes)):
-        raise TypeError(f"{name}: expected dtype {_or(allowed)}, got {value.dtype}")
+    check_dense(name, value)
+    check_dtype(name, value.dtype, dtypes)
     axes = dims.split()
     known = dict(sizes)
     fits = value.dim() == len(axes)
@@ -35,6 +34,20 @@ def check_tensor(name: str, value: Any, dims: str, sizes: dict[str, int], *, dty
         # Written on failure only: to format a size would make a compiled graph valid for that size alone.
         expected = ", ".join(f"{a}={known[a]}" if a in known else a for a in axes)
         raise ValueError(f"{name}: expected shape [{expected}], got {list(value.shape)}")
+
+
+def check_dense(name: str, value: Any) -> None:
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name}: expected a torch.Tensor, got {type(value).__name__}")
+    if value.layout != torch.strided:
+        raise TypeError(f"{name}: expected a tensor with strides, got layout {value.layout}")
+
+
+def check_dtype(name: str, dtype: Any, allowed: Iterable[torch.dtype]) -> None:
+    if not isinstance(dtype, torch.dtype):
+        raise TypeError(f"{name}: expected a torch.dtype, got {type(dtype).__name__} {dtype!r}")
+    if dtype not in (allowed := tuple(allowed)):
+        raise TypeError(f"{name}: expected dtype {_or(allowed)}, got {dtype}")
 
 
 def check_same_dtype(name: str, value: Tensor, like_name: str, like: Tensor) -> None:
@@ -51,11 +64,13 @@ def check_same_device(**tensors: Any) -> None:
             raise ValueError(f"{name}: expected device {first.device} as {first_name}, got {tensor.device}")
 
 
-def check_int(name: str, value: Any, minimum: int) -> None:
+def check_int(name: str, value: Any, minimum: int, maximum: int | None = None) -> None:
     if isinstance(value, bool) or not isinstance(value, int):
         raise TypeError(f"{name}: expected an int, got {type(value).__name__} {value!r}")
     if value < minimum:
         raise ValueError(f"{name}: expected an int ≥ {minimum}, got {value}")
+    if maximum is not None and value > maximum:
+        raise ValueError(f"{name}: expected an int ≤ {maximum}, got {value}")
 
 
 def check_bool(name: str, value: Any) -> None:
@@ -66,7 +81,8 @@ def check_bool(name: str, value: Any) -> None:
 def check_number(name: str, value: Any, *, positive: bool = False) -> None:
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise TypeError(f"{name}: expected a number, got {type(value).__name__} {value!r}")
-    if not -math.inf < value < math.inf or (positive and value <= 0):
+    # An int may be too large for any float.
+    if not abs(value) <= sys.float_info.max or (positive and value <= 0):
         raise ValueError(f"{name}: expected a finite {'positive ' if positive else ''}number, got {value}")
 
 
@@ -82,6 +98,8 @@ def check_start(start: Any, sizes: dict[str, int]) -> None:
         check_tensor("start", start, "B", sizes, dtypes=(torch.int32,))
     else:
         check_int("start", start, 0)
+        if start > INT32_MAX - sizes["L"]:
+            raise ValueError(f"start: expected start + L ≤ {INT32_MAX}, got {start}")
 
 
 def check_lengths(lengths: Any, sizes: dict[str, int]) -> None:
@@ -113,15 +131,22 @@ def check_indexer_arguments(
     )
 
 
+def check_hidden(h: Any, weight: Tensor, sizes: dict[str, int]) -> None:
+    """Check hidden states against a parameter; under autocast their dtypes may differ."""
+    check_tensor("h", h, "B L d", sizes, dtypes=FLOATING)
+    if h.device != weight.device:
+        raise ValueError(f"h: expected device {weight.device} as the parameters, got {h.device}")
+    if h.dtype != weight.dtype and not torch.is_autocast_enabled(h.device.type):
+        raise TypeError(f"h: expected dtype {weight.dtype} as the parameters, got {h.dtype}")
+
+
 def check_scores(scores: Any) -> None:
     check_tensor("scores", scores, "B L S", {}, dtypes=(torch.float32, torch.float64))
 
 
 def check_budget_sizes(k_base: Any, k_min: Any, k_max: Any, rule: Any) -> None:
     for name, value in (("k_base", k_base), ("k_min", k_min), ("k_max", k_max)):
-        check_int(name, value, 1)
-        if value > MOST_TOKENS:
-            raise ValueError(f"{name}: expected an int ≤ {MOST_TOKENS}, got {value}")
+        check_int(name, value, 1, MOST_TOKENS)
     if k_min > k_max:
         raise ValueError(f"k_min: expected at most k_max = {k_max}, got {k_min}")
     check_choice("rule", rule, RULES)
@@ -129,6 +154,7 @@ def check_budget_sizes(k_base: Any, k_min: Any, k_max: Any, rule: Any) -> None:
 
 def check_mean_variance(mean_variance: Any, like: Tensor) -> None:
     if isinstance(mean_variance, Tensor):
+        check_dense("mean_variance", mean_variance)
         if mean_variance.dim() != 0:
             raise ValueError(f"mean_variance: expected a scalar (shape []), got shape {list(mean_variance.shape)}")
         if mean_variance.dtype not in (torch.float32, torch.float64):
@@ -137,6 +163,8 @@ def check_mean_variance(mean_variance: Any, like: Tensor) -> None:
     else:
         if isinstance(mean_variance, bool) or not isinstance(mean_variance, int | float):
             raise TypeError(f"mean_variance: expected a float or a scalar tensor, got {type(mean_variance).__name__}")
+        if isinstance(mean_variance, int):
+            check_number("mean_variance", mean_variance)
 
 
 def check_budget_arguments(
@@ -154,8 +182,13 @@ def check_selection_arguments(scores: Any, budget: Any, width: Any) -> None:
     check_scores(scores)
     check_tensor("budget", budget, "B L", {"B": scores.shape[0], "L": scores.shape[1]}, dtypes=(torch.int32,))
     if width is not None:
-        check_int("width", width, 1)
+        check_int("width", width, 1, MOST_TOKENS)
     check_same_device(scores=scores, budget=budget)
+
+
+def check_slots(indices: Any, counts: Any, sizes: dict[str, int]) -> None:
+    check_tensor("selection.indices", indices, "B L K", sizes, dtypes=(torch.int32,))
+    check_tensor("selection.counts", counts, "B L", sizes, dtypes=(torch.int32,))
 
 
 def check_heads(q: Any, k: Any, v: Any, sizes: dict[str, int]) -> None:
@@ -169,6 +202,14 @@ def check_heads(q: Any, k: Any, v: Any, sizes: dict[str, int]) -> None:
         raise ValueError(f"q: expected at least one head and one channel, got {list(q.shape)} with k {list(k.shape)}")
     if sizes["H"] % sizes["H_kv"]:
         raise ValueError(f"q: expected H a multiple of H_kv = {sizes['H_kv']}, got H = {sizes['H']}")
+
+
+def check_dense_attention_arguments(q: Any, k: Any, v: Any, *, start: Any, lengths: Any) -> None:
+    sizes: dict[str, int] = {}
+    check_heads(q, k, v, sizes)
+    check_start(start, sizes)
+    check_lengths(lengths, sizes)
+    check_same_device(q=q, k=k, v=v, start=start, lengths=lengths)
 
 
 def check_attention_arguments(
@@ -185,8 +226,7 @@ def check_attention_arguments(
 ) -> None:
     sizes: dict[str, int] = {}
     check_heads(q, k, v, sizes)
-    check_tensor("selection.indices", indices, "B L K", sizes, dtypes=(torch.int32,))
-    check_tensor("selection.counts", counts, "B L", sizes, dtypes=(torch.int32,))
+    check_slots(indices, counts, sizes)
     if scale is not None:
         check_number("scale", scale)
     if start is not None:
@@ -226,14 +266,13 @@ def check_kl_arguments(
     start: Any,
     lengths: Any,
 ) -> None:
-    """The checks of `indexer_kl_loss`; indices and counts are None together, in the dense warm-up."""
+    """The checks of `indexer_kl_loss`; indices and counts are None in the dense warm-up."""
     check_number("indexer_scale", indexer_scale)
     check_indexer_arguments(q_idx, k_idx, head_logits, bias, scale=indexer_scale, start=start, lengths=lengths)
     sizes = {"B": q_idx.shape[0], "L": q_idx.shape[1], "S": k_idx.shape[1]}
     check_heads(q, k, k, sizes)
-    if indices is not None:
-        check_tensor("selection.indices", indices, "B L K", sizes, dtypes=(torch.int32,))
-        check_tensor("selection.counts", counts, "B L", sizes, dtypes=(torch.int32,))
+    if indices is not None or counts is not None:
+        check_slots(indices, counts, sizes)
     if lse is not None:
         if indices is None:
             raise ValueError("lse: expected None without a selection, got a value")
@@ -280,10 +319,8 @@ def check_rope_arguments(x: Any, start: Any, theta: Any) -> None:
 
 def check_gate_arguments(x: Any, gate_logits: Any) -> None:
     for name, value in (("x", x), ("gate_logits", gate_logits)):
-        if not isinstance(value, Tensor):
-            raise TypeError(f"{name}: expected a torch.Tensor, got {type(value).__name__}")
-        if value.dtype not in FLOATING:
-            raise TypeError(f"{name}: expected dtype {_or(FLOATING)}, got {value.dtype}")
+        check_dense(name, value)
+        check_dtype(name, value.dtype, FLOATING)
     if x.shape != gate_logits.shape:
         raise ValueError(f"gate_logits: expected shape {list(x.shape)} as x, got {list(gate_logits.shape)}")
     check_same_device(x=x, gate_logits=gate_logits)

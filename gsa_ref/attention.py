@@ -5,7 +5,7 @@ from jaxtyping import Float, Int32
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-from gsa_ref._arguments import check_attention_arguments
+from gsa_ref._arguments import check_attention_arguments, check_dense_attention_arguments
 from gsa_ref.gates import apply_gate
 from gsa_ref.indexer import visible
 from gsa_ref.selection import Selection
@@ -107,7 +107,12 @@ def dense_attention(
     Args:
         q, k, v: one dtype.
         start, lengths: as in `indexer_scores`.
+
+    Raises:
+        TypeError: wrong type or dtype.
+        ValueError: wrong shape or device, H not a multiple of H_kv, or a negative start.
     """
+    check_dense_attention_arguments(q, k, v, start=start, lengths=lengths)
     L, S = q.shape[1], k.shape[1]
     mask = visible(L, S, start, lengths, q.device)[:, None]  # [B or 1, 1, L, S]
     empty_row = ~mask.any(-1, keepdim=True)  # attends to everything first, then is set to 0: softmax of nothing is NaN

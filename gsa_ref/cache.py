@@ -2,12 +2,13 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from gsa_ref._arguments import check_int, check_same_device, check_tensor
-from gsa_ref.config import GSAConfig
+from gsa_ref._arguments import FLOATING, INT32_MAX, check_dense, check_dtype, check_int, check_same_device, check_tensor
+from gsa_ref.config import GSAConfig, check_config
 
 
 @dataclass
@@ -29,6 +30,10 @@ class GSACache:
             knows a tensor by its address, finds the new values.
         longest: an upper bound on `lengths` that the host knows without asking the device. Replays of a CUDA graph
             append without Python: `advance` counts them.
+
+    Raises:
+        TypeError: wrong type or dtype.
+        ValueError: wrong shape or device, or `longest` outside [0, capacity].
     """
 
     k: Tensor
@@ -36,6 +41,16 @@ class GSACache:
     k_idx: Tensor | None
     lengths: Tensor
     longest: int = 0
+
+    def __post_init__(self) -> None:
+        sizes: dict[str, int] = {}
+        check_tensor("k", self.k, "B capacity H_kv d_h", sizes, dtypes=FLOATING)
+        check_tensor("v", self.v, "B capacity H_kv d_h", sizes, dtypes=(self.k.dtype,))
+        if self.k_idx is not None:
+            check_tensor("k_idx", self.k_idx, "B capacity d_I", sizes, dtypes=(self.k.dtype,))
+        check_tensor("lengths", self.lengths, "B", sizes, dtypes=(torch.int32,))
+        check_same_device(k=self.k, v=self.v, k_idx=self.k_idx, lengths=self.lengths)
+        check_int("longest", self.longest, 0, self.capacity)
 
     @classmethod
     def allocate(
@@ -50,11 +65,15 @@ class GSACache:
         """An empty cache for `batch_size` sequences of up to `capacity` tokens.
 
         Raises:
-            TypeError: a size is not an int.
-            ValueError: batch_size < 0 or capacity < 1.
+            TypeError: config is no GSAConfig, a size is not an int, dtype is no floating-point dtype, or device is
+                none.
+            ValueError: batch_size < 0, capacity < 1 or above what an int32 holds, or an unknown device.
         """
+        check_config("config", config)
         check_int("batch_size", batch_size, 0)
-        check_int("capacity", capacity, 1)
+        check_int("capacity", capacity, 1, INT32_MAX)
+        check_dtype("dtype", dtype, FLOATING)
+        device = _device(device)
         kv_shape = (batch_size, capacity, config.H_kv, config.d_h)
         return cls(
             k=torch.zeros(kv_shape, dtype=dtype, device=device),
@@ -68,7 +87,12 @@ class GSACache:
         """Bytes that one token of one sequence takes in one layer: (2 · H_kv · d_h + d_I) · bytes of a number.
 
         d_I counts for variants with an indexer only. A cache takes batch_size · capacity times as much, used or not.
+
+        Raises:
+            TypeError: config is no GSAConfig, or dtype no floating-point dtype.
         """
+        check_config("config", config)
+        check_dtype("dtype", dtype, FLOATING)
         return (2 * config.H_kv * config.d_h + config.sparse * config.d_I) * dtype.itemsize
 
     @property
@@ -80,9 +104,13 @@ class GSACache:
         """Check that `n_new` tokens per sequence of this batch and config fit, before anything is written.
 
         Raises:
-            TypeError: the cache has another dtype than `like`.
-            ValueError: another batch size, config or device, or the cache is full.
+            TypeError: wrong type, or the cache has another dtype than `like`.
+            ValueError: a negative size; another batch size, config or device, or the cache is full.
         """
+        check_config("config", config)
+        check_int("batch_size", batch_size, 0)
+        check_int("n_new", n_new, 0)
+        check_dense("like", like)
         expected = [batch_size, self.capacity, config.H_kv, config.d_h]
         if self.k.shape[0] != batch_size:
             raise ValueError(f"cache: expected batch size {batch_size} as h, got {self.k.shape[0]}")
@@ -100,13 +128,15 @@ class GSACache:
         self._check_room(n_new)
 
     def _check_room(self, n_new: int) -> None:
-        if self.longest + n_new > self.capacity and len(self.lengths):
+        longest = self.longest
+        if longest + n_new > self.capacity and len(self.lengths):
             # The bound may be too high after right-padded batches: ask the device before refusing.
-            self.longest = int(self.lengths.max())
-        if self.longest + n_new > self.capacity:
+            longest = int(self.lengths.max())
+        if longest + n_new > self.capacity:
             raise ValueError(
-                f"cache: expected room for {n_new} more tokens, got {self.longest} of {self.capacity} slots in use"
+                f"cache: expected room for {n_new} more tokens, got {longest} of {self.capacity} slots in use"
             )
+        self.longest = longest  # a refused call leaves the bound too: replays that it counts may be under way
 
     def append(self, k: Tensor, v: Tensor, k_idx: Tensor | None, n_new: Tensor) -> None:
         """Write the new rows behind each sequence's own end, in place. The caller has called `check`. Never waits.
@@ -214,9 +244,9 @@ class GSACache:
 
         Raises:
             TypeError: capacity is not an int.
-            ValueError: capacity is below the present one.
+            ValueError: capacity is below the present one, or above what an int32 holds.
         """
-        check_int("capacity", capacity, self.capacity)
+        check_int("capacity", capacity, self.capacity, INT32_MAX)
         if capacity > self.capacity:
             more = capacity - self.capacity
             self._replace(lambda buffer: torch.cat((buffer, buffer.new_zeros(len(buffer), more, *buffer.shape[2:])), 1))
@@ -225,3 +255,12 @@ class GSACache:
         # All new tensors first: running out of memory half way must not leave a cache of two sizes.
         k, v, k_idx = make(self.k), make(self.v), None if self.k_idx is None else make(self.k_idx)
         self.k, self.v, self.k_idx = k, v, k_idx
+
+
+def _device(device: Any) -> torch.device:
+    if not isinstance(device, torch.device | str):
+        raise TypeError(f"device: expected a torch.device or a str, got {type(device).__name__} {device!r}")
+    try:
+        return torch.device(device)
+    except RuntimeError as error:
+        raise ValueError(f"device: expected a device that PyTorch knows, got {device!r}") from error

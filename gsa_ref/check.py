@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from gsa_ref._arguments import FLOATING, check_choice, check_dtype
 from gsa_ref.equations import indexer_scores, sigmoid, token_budget
 
 SIGMOID_ERROR = {
@@ -36,7 +37,12 @@ class Verdict:
 
 
 def unit_roundoff(dtype: torch.dtype) -> float:
-    """u: half the distance from 1 to the next larger number of `dtype`."""
+    """u: half the distance from 1 to the next larger number of `dtype`.
+
+    Raises:
+        TypeError: dtype is no floating-point dtype.
+    """
+    check_dtype("dtype", dtype, FLOATING)
     return torch.finfo(dtype).eps / 2
 
 
@@ -71,7 +77,12 @@ def score_tolerance(
 
     Returns:
         float64 [L, S].
+
+    Raises:
+        TypeError: sigmoid_mode is not a str.
+        ValueError: an unknown sigmoid_mode.
     """
+    check_choice("sigmoid_mode", sigmoid_mode, tuple(SIGMOID_ERROR))
     q_idx, k_idx, head_logits, bias = (np.asarray(x, np.float64) for x in (q_idx, k_idx, head_logits, bias))
     u = 2.0**-24
     delta_sigmoid = SIGMOID_ERROR[sigmoid_mode]

@@ -1,7 +1,7 @@
 """Configuration of the layer: the paper's sizes, and one field for each choice that the paper leaves open."""
 
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Any, Literal
 
 from gsa_ref._arguments import RULES, check_bool, check_budget_sizes, check_choice, check_int, check_number
 
@@ -110,4 +110,9 @@ class GSAConfig:
         return self.d_I**-0.5 if self.indexer_scale is None else float(self.indexer_scale)
 
 
-__all__ = ["GATES", "RULES", "VARIANTS", "GSAConfig"]
+def check_config(name: str, value: Any) -> None:
+    if not isinstance(value, GSAConfig):
+        raise TypeError(f"{name}: expected a GSAConfig, got {type(value).__name__}")
+
+
+__all__ = ["GATES", "RULES", "VARIANTS", "GSAConfig", "check_config"]

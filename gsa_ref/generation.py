@@ -4,9 +4,17 @@ from collections.abc import Iterable
 
 import torch
 from jaxtyping import Float, Int32, Int64
-from torch import Tensor, nn
+from torch import Tensor
 
-from gsa_ref._arguments import FLOATING, check_int, check_lengths, check_number, check_same_device, check_tensor
+from gsa_ref._arguments import (
+    FLOATING,
+    check_bool,
+    check_int,
+    check_lengths,
+    check_number,
+    check_same_device,
+    check_tensor,
+)
 from gsa_ref.model import LanguageModel
 
 BOS = 256  # begins every text; the bytes are 0 to 255
@@ -109,7 +117,7 @@ def generate(
         TypeError: wrong type or dtype.
         ValueError: wrong shape, device or value, an empty prompt, or a model in training mode.
     """
-    if not isinstance(model, nn.Module):
+    if not isinstance(getattr(model, "_orig_mod", model), LanguageModel):  # torch.compile wraps one
         raise TypeError(f"model: expected a LanguageModel, got {type(model).__name__}")
     if model.training:  # V̄ would count what is generated
         raise ValueError("model: expected eval mode, got training mode")
@@ -121,16 +129,24 @@ def generate(
     check_same_device(model=model.embedding.weight, prompt=tokens, lengths=lengths)
     check_int("max_new_tokens", max_new_tokens, 1)
     _check_sampling(temperature, top_p, generator)
+    V = model.embedding.num_embeddings
     if stop_token is not None:
         check_int("stop_token", stop_token, 0)
-        if stop_token >= model.embedding.num_embeddings:
-            raise ValueError(f"stop_token: expected below V = {model.embedding.num_embeddings}, got {stop_token}")
+        if stop_token >= V:
+            raise ValueError(f"stop_token: expected below V = {V}, got {stop_token}")
+    check_bool("use_cache", use_cache)
+    check_bool("progress", progress)
     B, T = tokens.shape
     if T == 0:
         raise ValueError(f"prompt: expected at least one token, got shape {[B, T]}")
     end = tokens.new_full((B,), T) if lengths is None else lengths.long()  # [B], where the next token goes
     if B and not 1 <= int(end.min()) <= int(end.max()) <= T:
         raise ValueError(f"lengths: expected 1 ≤ lengths ≤ T = {T} tokens in every prompt, got {end.tolist()}")
+
+    is_prompt = torch.arange(T, device=device) < end[:, None]  # padding may hold anything
+    outside = is_prompt & ((tokens < 0) | (tokens >= V))  # [B, T]
+    if outside.any():
+        raise ValueError(f"prompt: expected tokens in [0, V = {V}), got {tokens[outside][0]}")
 
     row = torch.arange(B, device=device)
     tokens = torch.cat((tokens, tokens.new_zeros(B, max_new_tokens)), 1)  # [B, T + N]

@@ -6,8 +6,8 @@ import torch
 from jaxtyping import Float, Int32
 from torch import Tensor, nn
 
-from gsa_ref._arguments import check_indexer_arguments
-from gsa_ref.config import GSAConfig
+from gsa_ref._arguments import check_hidden, check_indexer_arguments, check_same_device, check_start
+from gsa_ref.config import GSAConfig, check_config
 from gsa_ref.rope import apply_rope
 
 
@@ -72,6 +72,7 @@ class LightningIndexer(nn.Module):
 
     def __init__(self, config: GSAConfig) -> None:
         super().__init__()
+        check_config("config", config)
         self.config = config
         self.W_iq = nn.Linear(config.d, config.H_I * config.d_I, bias=False)
         self.W_ik = nn.Linear(config.d, config.d_I, bias=False)
@@ -81,8 +82,17 @@ class LightningIndexer(nn.Module):
     def forward(
         self, h: Float[Tensor, "B L d"], start: int | Int32[Tensor, " B"] = 0
     ) -> tuple[Float[Tensor, "B L H_I d_I"], Float[Tensor, "B L d_I"], Float[Tensor, "B L H_I"]]:
-        """Project h to (q^I, k^I, head logits); `start` is the position of row 0, used by RoPE only."""
+        """Project h to (q^I, k^I, head logits); `start` is the position of row 0, used by RoPE only.
+
+        Raises:
+            TypeError: wrong type or dtype.
+            ValueError: wrong shape or device, or a negative start.
+        """
         c = self.config
+        sizes = {"d": c.d}
+        check_hidden(h, self.W_iq.weight, sizes)
+        check_start(start, sizes)
+        check_same_device(h=h, start=start)
         q_idx = self.W_iq(h).unflatten(-1, (c.H_I, c.d_I))
         k_idx = self.W_ik(h)
         if c.indexer_rope:

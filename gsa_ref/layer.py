@@ -7,10 +7,10 @@ import torch
 from jaxtyping import Float, Int32
 from torch import Tensor, nn
 
-from gsa_ref._arguments import FLOATING, check_choice, check_lengths, check_tensor
+from gsa_ref._arguments import check_choice, check_hidden, check_lengths
 from gsa_ref.attention import dense_attention, sparse_attention
 from gsa_ref.cache import GSACache
-from gsa_ref.config import GSAConfig
+from gsa_ref.config import GSAConfig, check_config
 from gsa_ref.gates import apply_gate
 from gsa_ref.indexer import LightningIndexer
 from gsa_ref.rope import apply_rope
@@ -83,8 +83,7 @@ class GatedSparseAttention(nn.Module):
 
     def __init__(self, config: GSAConfig) -> None:
         super().__init__()
-        if not isinstance(config, GSAConfig):
-            raise TypeError(f"config: expected a GSAConfig, got {type(config).__name__}")
+        check_config("config", config)
         self.config = c = config
         # What a subclass replaces to run other kernels on the same parameters.
         self._indexed_selection: Callable[..., Any] = indexed_selection
@@ -178,11 +177,7 @@ class GatedSparseAttention(nn.Module):
         """
         c = self.config
         sizes = {"d": c.d}
-        check_tensor("h", h, "B L d", sizes, dtypes=FLOATING)
-        if h.device != self.W_q.weight.device:
-            raise ValueError(f"h: expected device {self.W_q.weight.device} as the parameters, got {h.device}")
-        if h.dtype != self.W_q.weight.dtype and not torch.is_autocast_enabled(h.device.type):
-            raise TypeError(f"h: expected dtype {self.W_q.weight.dtype} as the parameters, got {h.dtype}")
+        check_hidden(h, self.W_q.weight, sizes)
         check_lengths(lengths, sizes)
         if lengths is not None and lengths.device != h.device:
             raise ValueError(f"lengths: expected device {h.device} as h, got {lengths.device}")

@@ -15,7 +15,7 @@ from torch.nn.functional import silu
 
 from gsa_ref._arguments import check_int, check_lengths, check_same_device, check_tensor
 from gsa_ref.cache import GSACache
-from gsa_ref.config import GSAConfig
+from gsa_ref.config import GSAConfig, check_config
 from gsa_ref.layer import GatedSparseAttention
 
 INIT_STD = 0.02  # as GPT-2
@@ -45,8 +45,7 @@ class ModelConfig:
     vocab: int = 257
 
     def __post_init__(self) -> None:
-        if not isinstance(self.attention, GSAConfig):
-            raise TypeError(f"attention: expected a GSAConfig, got {type(self.attention).__name__}")
+        check_config("attention", self.attention)
         for name in ("n_layers", "d_ff", "vocab"):
             check_int(name, getattr(self, name), 1)
 
@@ -117,7 +116,7 @@ class LanguageModel(nn.Module):
             another's `state_dict`.
 
     Raises:
-        TypeError: config is not a ModelConfig.
+        TypeError: config is not a ModelConfig, or layer cannot be called.
     """
 
     def __init__(
@@ -126,6 +125,8 @@ class LanguageModel(nn.Module):
         super().__init__()
         if not isinstance(config, ModelConfig):
             raise TypeError(f"config: expected a ModelConfig, got {type(config).__name__}")
+        if not callable(layer):
+            raise TypeError(f"layer: expected a class or function that makes a layer, got {type(layer).__name__}")
         self.config = config
         self.embedding = nn.Embedding(config.vocab, config.attention.d)
         self.blocks = nn.ModuleList(Block(config, layer) for _ in range(config.n_layers))
@@ -152,8 +153,8 @@ class LanguageModel(nn.Module):
 
         Raises:
             TypeError: wrong type or dtype.
-            ValueError: wrong shape or device, another number of caches than layers, or a cache that the layer refuses
-                (see `GatedSparseAttention.forward`). All caches are then unchanged.
+            ValueError: wrong shape or device, another number of caches than layers, one cache twice, or a cache that
+                the layer refuses (see `GatedSparseAttention.forward`). All caches are then unchanged.
         """
         sizes: dict[str, int] = {}
         check_tensor("tokens", tokens, "B L", sizes, dtypes=(torch.int64,))
@@ -182,6 +183,8 @@ class LanguageModel(nn.Module):
         for cache in caches:
             if not isinstance(cache, GSACache):
                 raise TypeError(f"caches: expected a sequence of GSACache, got one of {type(cache).__name__}")
+            if sum(cache is other for other in caches) > 1:
+                raise ValueError("caches: expected one for each layer, got one cache twice")
             cache.check(self.config.attention, B, L, caches[0].k)  # the layer compares the first one's dtype with h
 
     def allocate_caches(self, batch_size: int, capacity: int) -> list[GSACache]:

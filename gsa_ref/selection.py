@@ -6,9 +6,17 @@ import torch
 from jaxtyping import Float, Int32
 from torch import Tensor
 
-from gsa_ref._arguments import check_budget_sizes, check_mean_variance, check_selection_arguments
+from gsa_ref._arguments import (
+    MOST_TOKENS,
+    check_budget_sizes,
+    check_int,
+    check_mean_variance,
+    check_same_device,
+    check_selection_arguments,
+    check_slots,
+)
 from gsa_ref.budget import score_variance, token_budget
-from gsa_ref.config import GSAConfig
+from gsa_ref.config import GSAConfig, check_config
 from gsa_ref.indexer import indexer_scores, visible
 
 
@@ -30,9 +38,14 @@ class Selection(NamedTuple):
             n_keys: S; if given, indices must be below it.
 
         Raises:
-            ValueError: a count is out of range, an index is negative, repeated, not ascending or too large, or the
-                tail is not −1. The message names the first offending row.
+            TypeError: wrong type or dtype.
+            ValueError: wrong shape or device, or n_keys < 0; a count is out of range, an index is negative, repeated,
+                not ascending or too large, or the tail is not −1. The message names the first offending row.
         """
+        check_slots(self.indices, self.counts, {})
+        check_same_device(indices=self.indices, counts=self.counts)
+        if n_keys is not None:
+            check_int("n_keys", n_keys, 0)
         indices, counts = self.indices.cpu(), self.counts.cpu()
         K = indices.shape[-1]
         slot = torch.arange(K)
@@ -63,16 +76,15 @@ def select_tokens(
     Args:
         scores: I, float32 or float64, −inf where masked.
         budget: k_t. A row gets min(k_t, width, number of valid positions) entries, none if k_t < 1.
-        width: K, the number of slots. Default: the largest budget, which waits for the device.
+        width: K, the number of slots. Default: the largest budget, at most 2^24, which waits for the device.
 
     Raises:
         TypeError: wrong type or dtype.
-        ValueError: wrong shape or device, or width < 1.
+        ValueError: wrong shape or device, width < 1, or more than 2^24 slots.
     """
     check_selection_arguments(scores, budget, width)
     S = scores.shape[-1]
-    if width is None:
-        width = max(int(budget.max()), 1) if budget.numel() else 1
+    width = largest_budget(budget) if width is None else width
     candidate = scores != -torch.inf
     counts = torch.minimum(candidate.sum(-1), budget.clamp(0, width)).to(torch.int32)
     # Two stable sorts, the major key last: by score (NaN as −inf), then candidates before masked positions.
@@ -83,6 +95,14 @@ def select_tokens(
     filled = torch.arange(width, device=scores.device) < counts[..., None]
     indices = order.masked_fill(~filled, S).sort(-1)[0]  # S sorts behind every position
     return Selection(indices.masked_fill(~filled, -1).to(torch.int32), counts)
+
+
+def largest_budget(budget: Tensor) -> int:
+    """The number of slots that budgets ask for, at least 1. It waits for the device."""
+    largest = max(int(budget.max()), 1) if budget.numel() else 1
+    if largest > MOST_TOKENS:
+        raise ValueError(f"budget: expected at most {MOST_TOKENS} where width is None, got {largest}")
+    return largest
 
 
 def indexed_selection(
@@ -131,7 +151,6 @@ def indexed_selection(
 
 def check_selection_config(config: GSAConfig, mean_variance: float | Tensor, like: Tensor) -> None:
     """The checks of `indexed_selection` that `indexer_scores` does not make."""
-    if not isinstance(config, GSAConfig):
-        raise TypeError(f"config: expected a GSAConfig, got {type(config).__name__}")
+    check_config("config", config)
     check_budget_sizes(config.k_base, config.k_min, config.k_max, config.rule)
     check_mean_variance(mean_variance, like)

@@ -10,7 +10,13 @@ import torch
 from jaxtyping import Bool, Float, Int32
 from torch import Tensor
 
-from gsa_ref._arguments import check_attention_arguments, check_kl_arguments, check_lengths, check_same_device
+from gsa_ref._arguments import (
+    check_attention_arguments,
+    check_kl_arguments,
+    check_lengths,
+    check_same_device,
+    check_start,
+)
 from gsa_ref.indexer import indexer_scores, no_autocast, visible
 from gsa_ref.selection import Selection
 
@@ -118,6 +124,7 @@ def captured_mass(
         raise TypeError(f"selection: expected a Selection, got {type(selection).__name__}")
     gates = {"value_gate_logits": None, "output_gate_logits": None}
     check_attention_arguments(q, k, k, *selection, scale=scale, start=start, **gates)
+    check_start(start, {"B": q.shape[0], "L": q.shape[1]})  # None, a default of attention, is none here
     check_lengths(lengths, {"B": q.shape[0]})
     check_same_device(q=q, lengths=lengths)
     p = _teacher(q, k, _positions(q, k, None, start, lengths), scale, None)  # [B, L, S]

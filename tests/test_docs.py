@@ -320,6 +320,20 @@ def test_stored_verification_records_have_the_expected_form():
     assert table.count("\n| ") > len(records.VERIFICATION)
 
 
+def test_fuzzing_table_sums_the_record_and_says_if_there_is_none(tmp_path: Path):
+    assert records.fuzzing_table(tmp_path).startswith("No record is stored")
+    path = tmp_path / records.FUZZING
+    path.parent.mkdir(parents=True)
+    row = {"function": "f", "impl": "a", "fault": "dtype", "outcome": "TypeError", "calls": 1200}
+    record = dict.fromkeys(("device", "torch", "triton", "command", "seed"), "x") | {"calls": 1205, "violations": 0}
+    record["rows"] = [row, row | {"impl": "b", "calls": 3}, row | {"fault": "none", "outcome": "result", "calls": 2}]
+    path.write_text(json.dumps(record))
+    table = records.fuzzing_table(tmp_path)
+    assert "| | TypeError | result | violation |" in table
+    assert "| `f` | 1203 | 2 | – |\n| all | 1,203 | 2 | 0 |" in table
+    assert table.endswith(": dtype.")
+
+
 ENVIRONMENT = {
     "device": "some device", "torch": "2", "triton": "3", "seed": 0, "commit": None, "command": "bench"
 }  # fmt: skip

@@ -19,7 +19,7 @@ from typing import Any
 
 from claims import claims_list, claims_verdicts
 from learning import DIRECTIVES as LEARNING
-from records import verification_table  # mkdocs loads a hook with its folder on the path
+from records import fuzzing_table, verification_table  # mkdocs loads a hook with its folder on the path
 from speed import DIRECTIVES as SPEED
 from speed import table
 
@@ -369,6 +369,7 @@ DIRECTIVES: dict[str, Callable[..., str]] = {
     "verification_table": verification_table,
     "claims_verdicts": claims_verdicts,
     "claims_list": lambda root: expand(root, claims_list(root), "claims.md"),
+    "fuzzing_table": fuzzing_table,
     **SPEED,
     **LEARNING,
 }

@@ -25,7 +25,7 @@ from gsa_fast.decode.scores import decode_scores_kernel
 from gsa_fast.decode.select import decode_select_kernel, decode_threshold_kernel
 from gsa_fast.selection import SIGMOID_MODES
 from gsa_ref import GSAConfig, Selection
-from gsa_ref._arguments import check_choice, check_decode_arguments
+from gsa_ref._arguments import check_bool, check_choice, check_decode_arguments
 from gsa_ref.selection import check_selection_config
 
 MAX_QUERIES = 8
@@ -298,6 +298,7 @@ def decode_attention(
     )  # fmt: skip
     check_selection_config(config, mean_variance, q_idx)
     check_choice("sigmoid_mode", sigmoid_mode, SIGMOID_MODES)
+    check_bool("return_selection", return_selection)
     (B, L, _, d_h), S = q.shape, k.shape[1]
     floats = {"q": q, "k": k, "v": v, "q_idx": q_idx, "k_idx": k_idx, "head_logits": head_logits, "bias": bias}
     if not use_triton(impl, **floats, output_gate_logits=output_gate_logits):

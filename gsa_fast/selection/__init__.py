@@ -16,7 +16,7 @@ from gsa_fast.selection.rows import budget_and_select_kernel, row_block, select_
 from gsa_fast.selection.streamed import launch_streamed_selection, shortlist_plan
 from gsa_ref import GSAConfig, Selection
 from gsa_ref._arguments import check_choice, check_indexer_arguments, check_selection_arguments
-from gsa_ref.selection import check_selection_config
+from gsa_ref.selection import check_selection_config, largest_budget
 
 # Scores of one chunk of query rows, the only array of width S that `indexed_selection` ever holds.
 CHUNK_BYTES = 256 * 2**20
@@ -50,7 +50,7 @@ def select_tokens(scores: Tensor, budget: Tensor, *, width: int | None = None, i
     Args:
         scores: float32 [B, L, S], −inf where masked.
         budget: int32 [B, L].
-        width: K, the number of slots. Default: the largest budget, which waits for the device.
+        width: K, the number of slots. Default: the largest budget, at most 2^24, which waits for the device.
         impl: "auto", "triton" or "reference", as in `indexer_scores`.
 
     Returns:
@@ -59,9 +59,7 @@ def select_tokens(scores: Tensor, budget: Tensor, *, width: int | None = None, i
     check_selection_arguments(scores, budget, width)
     if not use_triton(impl, scores=scores):
         return gsa_ref.select_tokens(scores, budget, width=width)
-    if width is None:
-        width = max(int(budget.max()), 1) if budget.numel() else 1
-    return Selection(*_select_tokens(scores, budget, width))
+    return Selection(*_select_tokens(scores, budget, largest_budget(budget) if width is None else width))
 
 
 @torch.library.custom_op("gsa_fast::indexed_selection", mutates_args=())

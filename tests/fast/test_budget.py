@@ -244,6 +244,16 @@ def test_a_row_without_valid_scores_has_variance_zero(value, device):
     assert variance_of(torch.full((1, 2, 5), value, device=device)).tolist() == [[0.0, 0.0]]
 
 
+@pytest.mark.parametrize("rule", ["proportional", "inverse", "fixed"])
+@pytest.mark.parametrize("mean_variance", [1e300, -1e300, 2**200, -(2**200), math.inf, math.nan])
+def test_a_mean_beyond_float32_is_infinite_as_in_the_reference(device, mean_variance, rule):
+    variance, n = torch.tensor([[0.0, 0.5, 1e30]], device=device), int32([[9, 9, 9]], device)
+    keywords = {"k_base": 4, "k_min": 2, "k_max": 8, "rule": rule}
+    assert same(
+        budget_of(variance, mean_variance, n, **keywords), gsa_ref.token_budget(variance, mean_variance, n, **keywords)
+    )
+
+
 @examples(20)
 @given(CASES, st.sampled_from((0.0, -1.0, math.nan)))
 def test_an_unset_mean_gives_the_base_budget(device, case, mean_variance):

@@ -402,6 +402,7 @@ BAD = {
     "scale": (lambda x: math.nan, ValueError),
     "sigmoid_mode": (lambda x: "fast", ValueError),
     "impl": (lambda x: "cuda", ValueError),
+    "return_selection": (lambda x: 1, TypeError),
 }
 
 
@@ -410,7 +411,7 @@ def test_bad_arguments_are_named(name, device):
     arguments = attended(inputs("random", device, n=2, n_keys=12), device)
     arguments |= {
         "mean_variance": 0.0, "config": configuration(arguments), "impl": "triton", "scale": None,
-        "output_gate_logits": None, "sigmoid_mode": "exact",
+        "output_gate_logits": None, "sigmoid_mode": "exact", "return_selection": False,
     }  # fmt: skip
     change, error = BAD[name]
     arguments[name] = change(arguments[name])

@@ -397,6 +397,15 @@ def test_replays_beyond_the_capacity_are_refused_before_they_run():
         cache.advance(1)
 
 
+def test_a_refused_advance_leaves_the_bound_of_replays_under_way():
+    """The device does not know of them yet: a lower bound would let `truncate` and `reorder` miss their tokens."""
+    cache = filled()
+    cache.advance(3)
+    with pytest.raises(ValueError, match="cache: expected room for 4 more tokens, got 5 of 8 slots in use"):
+        cache.advance(4)
+    assert cache.longest == 8
+
+
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_a_graph_that_would_keep_the_number_of_cached_tokens_is_not_captured(variant, monkeypatch):
     layer = build(SMALL.variant(variant))

@@ -449,6 +449,14 @@ def test_one_refused_cache_leaves_all_of_them_as_they_were(name, place):
             MODEL(TOKENS, caches=caches)
 
 
+def test_one_cache_for_two_layers_is_refused():
+    """Both would append to it, and each would read what the other wrote."""
+    cache = MODEL.allocate_caches(2, 9)[0]
+    with pytest.raises(ValueError, match=r"^caches: expected one for each layer, got one cache twice$"):
+        MODEL(TOKENS, caches=[cache, cache])
+    assert (cache.lengths.tolist(), cache.longest) == ([0, 0], 0)
+
+
 def test_training_with_gradients_refuses_caches():
     model = LanguageModel(CONFIG).train()
     caches = model.allocate_caches(2, 9)
