@@ -17,8 +17,9 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+import register  # mkdocs loads a hook with its folder on the path
 from learning import DIRECTIVES as LEARNING
-from records import verification_table  # mkdocs loads a hook with its folder on the path
+from records import verification_table
 from speed import DIRECTIVES as SPEED
 
 log = logging.getLogger("mkdocs.hooks.thread")
@@ -356,6 +357,7 @@ DIRECTIVES: dict[str, Callable[..., str]] = {
     "verification_table": verification_table,
     **SPEED,
     **LEARNING,
+    **register.DIRECTIVES,
 }
 DIRECTIVE = re.compile(r"\{\{ (\w+)((?: [\w./-]+)*) \}\}")
 
@@ -389,7 +391,9 @@ def on_pre_build(config: Any) -> None:
     all_objects.cache_clear()  # `mkdocs serve` builds many times
     modules_of_reference.cache_clear()
     _defaults.cache_clear()
-    for problem in problems(Path(config.config_file_path).parent):
+    register.read.cache_clear()
+    root = Path(config.config_file_path).parent
+    for problem in [*problems(root), *register.problems(root)]:
         log.warning(problem)
 
 

@@ -1,4 +1,4 @@
-"""Gradients of sparse attention: properties 47 to 50 and the contracts of the backward pass."""
+"""Gradients of sparse attention and the contracts of the backward pass."""
 
 import pytest
 import torch
@@ -45,15 +45,18 @@ def draw(seed, device, B=1, L=7, S=11, H_kv=2, group=2, d_h=8, K=5, dtype=torch.
     return arguments, tensor(*query)
 
 
+@pytest.mark.property(47, 49, 57)
+@pytest.mark.pitfall("reruns-differ")
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.usefixtures("bf16")
 @examples(4)
 @given(data=st.data())
 def test_gradients_are_within_the_error_budget(data, dtype, device):
-    """Properties 47 and 49, with proven bounds for small cases: in a fixed order, atomically, and rerun."""
+    """With proven bounds for small cases: in a fixed order, atomically, and rerun."""
     assert_in_budget(data.draw(attention_backward_cases(dtype, FEW)), device)
 
 
+@pytest.mark.property(47)
 @pytest.mark.parametrize("dtype", ["float32", "float16"])
 @examples(2)
 @given(data=st.data())
@@ -63,10 +66,11 @@ def test_gradients_over_several_tiles_chunks_and_rounds_are_within_the_error_bud
         assert_in_budget(case, device)
 
 
+@pytest.mark.property(48)
 @examples(3)
 @given(seed=st.integers(0, 2**16), power=st.integers(-6, 6))
 def test_the_backward_pass_is_linear_in_its_input(seed, power, device):
-    """Property 48: a power of two times dout gives that times every gradient, bit for bit, and 0 gives 0."""
+    """A power of two times dout gives that times every gradient, bit for bit, and 0 gives 0."""
     arguments, dout = draw(seed, device)
     plain = gradients(gsa_fast.sparse_attention, arguments, dout, impl="triton")
     scaled = gradients(gsa_fast.sparse_attention, arguments, dout * 2.0**power, impl="triton")
@@ -76,10 +80,11 @@ def test_the_backward_pass_is_linear_in_its_input(seed, power, device):
     assert not any(gradient.any() for gradient in zero.values())
 
 
+@pytest.mark.property(50)
 @examples(3)
 @given(seed=st.integers(0, 2**16))
 def test_adding_a_constant_to_every_key_moves_lse_alone(seed, device):
-    """Property 50: Σ_s dS = dlse per row, so the key direction q·Σ_s dk carries dlse and nothing of dout."""
+    """Σ_s dS = dlse per row, so the key direction q·Σ_s dk carries dlse and nothing of dout."""
     arguments, dout = draw(seed, device, group=1)
     unused = gradients(gsa_fast.sparse_attention, arguments, dout, impl="triton")["k"]
     # Σ_s dk = scale Σ_t (Σ_s dS) q[t] = 0 when lse has no gradient.
@@ -90,8 +95,10 @@ def test_adding_a_constant_to_every_key_moves_lse_alone(seed, device):
     torch.testing.assert_close(dk.sum(1), expected, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.property(49)
+@pytest.mark.pitfall("nan-in-the-backward-pass")
 def test_a_key_that_nobody_selected_gets_exactly_0_whatever_it_holds(device):
-    """Property 49, with NaN in the unselected rows."""
+    """With NaN in the unselected rows."""
     arguments, dout = draw(0, device)
     indices = torch.tensor([[[0, 2, 4, -1, -1]] * 7], dtype=torch.int32, device=device)
     arguments["selection"] = Selection(indices, int32([[3] * 7], device))
@@ -105,6 +112,7 @@ def test_a_key_that_nobody_selected_gets_exactly_0_whatever_it_holds(device):
         assert found["v"][:, 4].any()
 
 
+@pytest.mark.pitfall("nan-in-the-backward-pass")
 def test_rows_without_a_selection_get_0_and_give_nothing(device):
     arguments, dout = draw(1, device)
     counts = arguments["selection"].counts.clone()
@@ -124,6 +132,7 @@ def test_rows_without_a_selection_get_0_and_give_nothing(device):
         assert torch.allclose(found["v"], other["v"])
 
 
+@pytest.mark.pitfall("length-zero")
 @pytest.mark.parametrize("deterministic", [True, False])
 def test_tensors_without_elements_get_empty_gradients(deterministic, device):
     for sizes in ({"B": 0}, {"L": 0, "S": 4}):
@@ -134,6 +143,8 @@ def test_tensors_without_elements_get_empty_gradients(deterministic, device):
             assert not gradient.any()
 
 
+@pytest.mark.pitfall("transposed-input")
+@pytest.mark.property(9)
 @pytest.mark.parametrize("layout", ["expanded", "transposed"])
 def test_any_strides_of_the_output_gradient_give_the_same_bits(layout, device):
     arguments, dout = draw(2, device)
@@ -191,8 +202,8 @@ def test_ops_keep_the_contract_of_custom_ops(device):
     torch.library.opcheck(torch.ops.gsa_fast.apply_gate_backward.default, (dout, q.detach(), gate.detach()))
 
 
+@pytest.mark.property(55)
 def test_compiled_gradients_are_the_eager_ones(device):
-    """Property 55 for the backward pass."""
     arguments, dout = draw(5, device)
     compiled = torch.compile(gsa_fast.sparse_attention, fullgraph=True, backend="aot_eager")
     eager = gradients(gsa_fast.sparse_attention, arguments, dout, impl="triton")
@@ -200,6 +211,7 @@ def test_compiled_gradients_are_the_eager_ones(device):
     assert all(same(found[name], eager[name]) for name in eager)
 
 
+@pytest.mark.property(47)
 @pytest.mark.usefixtures("bf16")
 @pytest.mark.parametrize("dtype", ["float32", "float16"])
 @examples(8)

@@ -122,10 +122,11 @@ def test_greedy_text_on_the_kernels_is_that_of_the_reference_model(variant, devi
     assert calls == [1] * 2 * 9
 
 
+@pytest.mark.property(56)
 @torch.no_grad()
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_models_of_the_two_packages_load_one_another_through_a_file(variant, device):
-    """Property 56 for the model: bitwise, both ways, loaded with weights_only."""
+    """Bitwise, both ways, loaded with weights_only."""
     source = reference_model(variant, device)
     kernels = LanguageModel(source.config, layer=KERNELS).eval().to(device)
     back = LanguageModel(source.config).eval().to(device)
