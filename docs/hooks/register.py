@@ -1,9 +1,9 @@
-"""The register: what is verified as a property, which bugs seen elsewhere have a test here, and the tests that claim them.
+"""The register of verified properties and of bugs seen elsewhere, and which tests claim them.
 
 A test claims an entry with `@pytest.mark.property(30)` or `@pytest.mark.pitfall("empty-first-tile")`, in literal form.
-The claims are read from the syntax trees of the tests, so that a page and a check need not import any. Property and
-pitfall must be claimed in `tests/ref` and in `tests/fast`, a property by a test that draws its cases; where that makes no
-sense, the entry says why, and an excuse that is not needed is a problem too.
+The claims are read from the syntax trees of the tests, so that a page and a check need not import any. Each entry must
+be claimed in `tests/ref` and in `tests/fast`, a property by a test that draws its cases; where that makes no sense, the
+entry says why, and an excuse that is not needed is a problem too.
 """
 
 import ast
@@ -42,7 +42,7 @@ PROPERTIES = (
     Entry(
         2,
         "indexer",
-        r"A score rises with every head weight and every bias: $\partial I/\partial w_j,\ \partial I/\partial b_j \ge 0$.",
+        r"A score rises with a head weight and a bias: $\partial I/\partial w_j,\ \partial I/\partial b_j \ge 0$.",
     ),
     Entry(3, "indexer", r"Permuted keys give permuted columns: $I(q, k_\pi)[t,s] = I(q, k)[t,\pi(s)]$."),
     Entry(
@@ -75,7 +75,7 @@ PROPERTIES = (
     Entry(
         19,
         "selection",
-        r"The selection passes [the certificate](index.md#the-top-k-certificate): some scores within ε of gold select it.",
+        r"The selection passes [the certificate](index.md#the-top-k-certificate): scores within ε of gold select it.",
     ),
     Entry(20, "selection", r"The count is exact: $|S_t| = \min(k_t, n_t)$, cut to the width."),
     Entry(21, "selection", r"No position is selected twice."),
@@ -295,11 +295,11 @@ def problems(root: Path) -> list[str]:
         for entry in entries:
             for side in SIDES:
                 tests = claims_of(root, marker, entry.key, side)
-                label = f"{marker} {entry.key!r} in tests/{side}"
+                where = f"{marker} {entry.key!r} in tests/{side}"
                 if bool(tests) == (side in entry.absent):
-                    found.append(f"{label}: " + ("is tested, but excused" if tests else "no test claims it"))
+                    found.append(f"{where}: " + ("is tested, but excused" if tests else "no test claims it"))
                 if marker == "property" and tests and any(t.is_drawn for t in tests) == (side in entry.named):
-                    found.append(f"{label}: " + ("is drawn, but excused" if side in entry.named else "no drawn test"))
+                    found.append(f"{where}: " + ("is drawn, but excused" if side in entry.named else "no drawn test"))
     return found
 
 
@@ -310,8 +310,8 @@ def _lines(root: Path, marker: str, entries: list[Entry]) -> list[str]:
     """A definition list: each claim with the tests of both sides, file by file."""
     lines = []
     for entry in entries:
-        number = f"**{entry.key}.** " if isinstance(entry.key, int) else ""
-        lines += [f"{number}{entry.claim}", ""]
+        label = f"**{entry.key}.**" if isinstance(entry.key, int) else f"`{entry.key}`"
+        lines += [f"{label} {entry.claim}", ""]
         for side, name in SIDES.items():
             by_file: dict[str, list[str]] = {}
             for claim in claims_of(root, marker, entry.key, side):

@@ -12,7 +12,17 @@ from gsa_fast.attention.union_backward_hopper import channels_in_order
 from gsa_fast.verification.interpreter import small_tiles
 from gsa_ref import Selection
 from gsa_ref.cases import Limits, attention_backward_cases
-from tests.fast.helpers import DTYPES, SEVERAL_TILES, assert_in_budget, examples, int32, same
+from tests.fast.helpers import (
+    DTYPES,
+    SEVERAL_TILES,
+    alone,
+    assert_in_budget,
+    contiguous,
+    examples,
+    int32,
+    same,
+    widely_strided,
+)
 
 NAMES = ("q", "k", "v", "value_gate_logits", "output_gate_logits")
 FEW = Limits(B=2, L=8, S=24, heads=2, group=3, width=16)
@@ -155,6 +165,52 @@ def test_any_strides_of_the_output_gradient_give_the_same_bits(layout, device):
     given_strides = gradients(gsa_fast.sparse_attention, arguments, dout, impl="triton")
     plain = gradients(gsa_fast.sparse_attention, arguments, dout.contiguous(), impl="triton")
     assert all(same(given_strides[name], plain[name]) for name in plain)
+
+
+@pytest.mark.property(9)
+@examples(4)
+@given(attention_backward_cases("float32", FEW))
+def test_strided_inputs_give_the_bits_of_contiguous_ones(device, case):
+    arguments, (dout, dlse) = case.arguments(device), case.output_gradients(device)
+    strided = gradients(gsa_fast.sparse_attention, arguments, dout, dlse, impl="triton")
+    plain = contiguous({**arguments, "dout": dout, "dlse": dlse})
+    dout, dlse = plain.pop("dout"), plain.pop("dlse")
+    expected = gradients(gsa_fast.sparse_attention, plain, dout, dlse, impl="triton")
+    assert all(same(strided[name], expected[name]) for name in expected)
+
+
+@pytest.mark.property(6)
+@examples(4)
+@given(attention_backward_cases("float32", FEW))
+def test_a_batch_slice_equals_the_sequence_alone_bitwise(device, case):
+    arguments, (dout, dlse) = case.arguments(device), case.output_gradients(device)
+    together = gradients(gsa_fast.sparse_attention, arguments, dout, dlse, impl="triton")
+    for b in range(case.B):
+        one = slice(b, b + 1)
+        each = gradients(gsa_fast.sparse_attention, alone(arguments, b), dout[one], dlse[one], impl="triton")
+        assert all(same(each[name], together[name][one]) for name in each)
+
+
+WIDE = {"q": 4, "k": 4, "v": 4, "value_gate_logits": 4, "output_gate_logits": 4, "dout": 4, "indices": 3, "counts": 2}
+
+
+@pytest.mark.pitfall("int32-strides")
+@pytest.mark.parametrize(("name", "axis"), [(name, axis) for name, dim in WIDE.items() for axis in range(dim)])
+def test_strides_past_two_to_the_31_do_not_wrap(name, axis, device):
+    """Offsets are 64-bit along every axis."""
+    arguments, dout = draw(axis, device, B=3 if axis == 0 else 1, L=3, S=3, H_kv=3, group=1, d_h=3, K=3)
+    given_ = {**arguments, "dout": dout, **arguments["selection"]._asdict()}
+    x = given_[name]
+    given_[name] = widely_strided(tuple(x.shape), axis, device, x.dtype).copy_(x)
+    wide = {name: given_[name] for name in NAMES} | {"selection": Selection(given_["indices"], given_["counts"])}
+    for deterministic in (True, False):
+        options = {"deterministic": deterministic, "impl": "triton"}
+        expected = gradients(gsa_fast.sparse_attention, arguments, dout, **options)
+        found = gradients(gsa_fast.sparse_attention, wide, given_["dout"], **options)
+        for name, gradient in expected.items():
+            torch.testing.assert_close(
+                found[name], gradient, rtol=1e-5 * (not deterministic), atol=1e-6 * (not deterministic)
+            )
 
 
 def test_rounds_change_only_roundings(device, monkeypatch):

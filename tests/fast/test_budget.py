@@ -17,9 +17,9 @@ from gsa_ref import equations
 from gsa_ref.cases import BudgetCase, Limits, budget_cases
 from gsa_ref.check import variance_interval
 from tests.fast.helpers import SEVERAL_TILES, SMALL, assert_in_budget, examples, int32, same, widely_strided
+from tests.strategies import RULES
 
 CASES = budget_cases("float32", SMALL)
-RULES = st.sampled_from(("proportional", "inverse", "fixed"))
 
 
 def variance_of(scores: torch.Tensor) -> torch.Tensor:

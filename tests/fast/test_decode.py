@@ -25,10 +25,10 @@ from gsa_ref.cases import LAYOUTS, DecodeCase, Limits, decode_cases
 from tests.fast.helpers import DTYPES, alone, assert_in_budget, contiguous, examples, int32, same, widely_strided
 from tests.fast.test_layer import CONFIG, build, hidden, run
 from tests.fast.test_streamed import PATTERNS, configuration, inputs
+from tests.strategies import RULES
 
 LIMITS = Limits(B=2, L=3, S=40, heads=2, group=3, width=24)
 CASES = decode_cases("float32", LIMITS)
-RULES = st.sampled_from(("proportional", "inverse", "fixed"))
 NEEDS_CUDA = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 
 
@@ -264,6 +264,23 @@ def test_a_sequence_alone_gives_the_same_bits(device, case):
     for b, one in enumerate(each):
         assert same(one[:3], [x[b : b + 1] for x in together[:3]])
         assert same(one.selection, [x[b : b + 1] for x in together.selection])
+
+
+@pytest.mark.property(5)
+@examples(6)
+@given(CASES, st.data(), st.sampled_from((1.0, math.nan)))
+def test_future_perturbation_leaves_earlier_rows_bitwise_equal(device, case, data, noise):
+    """Of several queries in one step, each sees the keys up to its own."""
+    start = case.S - case.L
+    arguments = {**contiguous(arguments_of(case, device)), "start": start, "lengths": None}
+    t = data.draw(st.integers(0, case.L))
+    changed = {name: arguments[name].clone() for name in ("q", "k", "v", "q_idx", "k_idx", "head_logits")}
+    for name, x in changed.items():
+        x[:, start + t if name in ("k", "v", "k_idx") else t :] += noise
+    with small_tiles():
+        before, after = run_case(case, arguments), run_case(case, {**arguments, **changed})
+    assert same([x[:, :t] for x in before[:3]], [x[:, :t] for x in after[:3]])
+    assert same([x[:, :t] for x in before.selection], [x[:, :t] for x in after.selection])
 
 
 @pytest.mark.property(57)

@@ -15,6 +15,7 @@ from gsa_ref.cases import DTYPES as TORCH_DTYPES
 from gsa_ref.cases import attention_cases, gate_cases
 from gsa_ref.check import gate_tolerance
 from tests.fast.helpers import DTYPES, SMALL, assert_in_budget, contiguous, examples, same, widely_strided
+from tests.strategies import NUMBERS
 
 CASES = st.sampled_from(("float32", "float16")).flatmap(lambda dtype: gate_cases(dtype, SMALL))
 
@@ -61,6 +62,19 @@ def test_a_gate_never_enlarges_and_keeps_the_sign(device, case):
     out = gate(x, logits)
     assert (out.abs() <= x.abs()).all()
     assert (out * x >= 0).all()
+
+
+@pytest.mark.property(44)
+@examples(30)
+@given(st.lists(st.tuples(NUMBERS, NUMBERS), min_size=1))
+def test_a_gate_enlarges_no_number_and_turns_no_sign(device, pairs):
+    """Of any size, denormals and infinities included. Only ∞ · σ(−∞), with σ = 0 after rounding, is not a number."""
+    x, gate_logits = (torch.tensor(column, device=device) for column in zip(*pairs, strict=True))
+    out = gate(x, gate_logits)
+    undefined = out.isnan()
+    assert (x.isinf() & (gate_logits < -80))[undefined].all()
+    assert (out.abs() <= x.abs())[~undefined].all()
+    assert (out * x >= 0)[~undefined].all()
 
 
 @examples(30)

@@ -135,6 +135,25 @@ def test_float64_layers_are_refused_by_the_kernels(device):
         run(layer, hidden(1, 3, device).double())
 
 
+@pytest.mark.property(51, 52)
+@examples(3)
+@given(CASES)
+def test_the_indexer_learns_from_its_own_loss_alone_and_nothing_else_does(device, case):
+    layer, arguments = build(case.config, device, seed=case.seed).train(), case.arguments(device)
+    h = arguments["h"].requires_grad_()
+    output = layer(**arguments)
+    output.hidden.square().sum().backward(retain_graph=True)
+    assert h.grad is not None
+    for name, parameter in layer.named_parameters():
+        assert (parameter.grad is None) == name.startswith("indexer."), name
+    layer.zero_grad()
+    h.grad = None
+    output.indexer_loss.backward()
+    assert h.grad is None
+    for name, parameter in layer.named_parameters():
+        assert (parameter.grad is not None) == name.startswith("indexer."), name
+
+
 @pytest.mark.property(47)
 @pytest.mark.parametrize("variant", ["dense", "sparse", "gated", "gsa"])
 def test_parameters_get_the_gradients_of_the_reference(variant, device):
@@ -157,10 +176,12 @@ def test_parameters_get_the_gradients_of_the_reference(variant, device):
 
 @pytest.mark.property(56)
 @pytest.mark.parametrize("variant", ["dense", "sparse", "gated", "gsa"])
-def test_parameters_travel_between_the_packages_through_a_file(variant, device):
+@examples(2)
+@given(CASES)
+def test_parameters_travel_between_the_packages_through_a_file(variant, device, case):
     """Bitwise, both ways, loaded with weights_only."""
-    config = CONFIG.variant(variant)
-    layer, h = build(config, device), hidden(2, 6, device)
+    config = case.config.variant(variant)
+    layer, h = build(config, device), case.arguments(device)["h"]
     expected = run(layer, h)
     reference = gsa_ref.GatedSparseAttention(config).to(device).eval()
     loaded = build(config, device, seed=1)

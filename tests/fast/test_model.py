@@ -65,6 +65,7 @@ def record_selections(model: LanguageModel) -> list[Selection]:
 
 
 @torch.no_grad()
+@pytest.mark.pitfall("budget-of-everything")
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_logits_on_the_kernels_are_those_of_the_reference_model(variant, device):
     """Against float64, by what the reference loses in float32; all three must have selected the same tokens."""

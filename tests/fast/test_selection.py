@@ -33,6 +33,7 @@ from tests.fast.helpers import (
     same,
     widely_strided,
 )
+from tests.strategies import ROWS_OF_SCORES, SEEDS
 
 # A row costs the interpreter about 12 ms.
 LIMITS = Limits(B=2, L=4, S=24)
@@ -185,13 +186,24 @@ def test_rows_in_chunks_equal_all_rows_at_once(device, case, rows):
 
 
 @pytest.mark.property(28)
-@pytest.mark.parametrize("k", [1, 2500, 4999])
-def test_more_than_4096_scores_inside_one_float16_step(k, device):
+@examples(4)
+@given(SEEDS, st.integers(1, 4999))
+def test_more_than_4096_scores_inside_one_float16_step(device, seed, k):
     """A selection by the float16 value, or by a histogram of it, cannot tell these apart."""
-    scores = draw_scores("near", (5000,), torch.Generator().manual_seed(k))
+    scores = draw_scores("near", (5000,), torch.Generator().manual_seed(seed))
     assert len(scores.half().unique()) <= 2
     expected = sorted(np.argsort(-scores.numpy(), kind="stable")[:k].tolist())
     assert choose(scores, k, device) == expected
+
+
+@pytest.mark.property(29)
+@examples(20)
+@given(ROWS_OF_SCORES, st.integers(0, 45))
+def test_special_scores_rank_as_the_numbers_that_they_are(device, row, k):
+    """By the certificate, which compares every selected score with every one that was left out."""
+    chosen = choose(row, k, device)
+    certificate = topk_certificate(np.array(chosen, np.int64), len(chosen), np.array(row), 0.0, k)
+    assert certificate, certificate.reason
 
 
 @pytest.mark.property(29)

@@ -29,6 +29,7 @@ from gsa_ref import GSAConfig, Selection, equations
 from gsa_ref.cases import Limits, indexed_selection_cases
 from gsa_ref.check import variance_interval
 from tests.fast.helpers import DTYPES, alone, examples, int32, same, widely_strided
+from tests.strategies import RULES
 
 # 300 keys are 10 tiles and 5 spans, sampled one by 16; a chunk holds 4 rows, or the samples of 3.
 L, S = 6, 300
@@ -48,7 +49,6 @@ PATTERNS = (
     "random", "rising", "falling", "periodic", "constant", "two values", "outlier", "window", "start", "clusters"
 )  # fmt: skip
 MODES = st.sampled_from((False, True))  # whether σ is approximate
-RULES = st.sampled_from(("proportional", "inverse", "fixed"))
 
 
 @contextmanager

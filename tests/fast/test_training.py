@@ -286,9 +286,11 @@ def test_no_array_of_all_pairs_is_ever_held(phase, device, monkeypatch):
 
 @pytest.mark.property(52)
 @phases
-def test_the_teacher_gets_no_gradient(phase, device):
+@examples(2)
+@given(data=st.data())
+def test_the_teacher_gets_no_gradient(phase, data, device):
     """On the side of the attention."""
-    arguments = small(phase, device)
+    arguments = draw(data, phase).training_arguments(device)
     leaves = {
         name: x.detach().requires_grad_()
         for name, x in arguments.items()

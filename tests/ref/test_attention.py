@@ -15,8 +15,8 @@ from gsa_ref.cases import AttentionCase, Limits, attention_cases, random_selecti
 from gsa_ref.check import gamma, unit_roundoff
 from tests.ref import oracle
 from tests.ref.oracle import close
+from tests.strategies import SEEDS
 
-SEEDS = st.integers(0, 2**16)
 FACTORS = st.sampled_from((-3.7, -1.0, 0.0, 0.3, 2.5))
 CASES = attention_cases("float32", Limits(B=3))
 CASES64 = attention_cases("float64", Limits(B=3))
@@ -336,6 +336,20 @@ def test_every_sequence_has_its_own_start(case):
     out_tolerance, lse_tolerance = oracle.attention_tolerance(arguments)
     assert close(out, gold_out, out_tolerance)
     assert close(lse, gold_lse, lse_tolerance)
+
+
+@pytest.mark.property(5)
+@given(BOTH, st.integers(0, 40), st.sampled_from((1.0, math.nan)))
+def test_future_perturbation_leaves_earlier_rows_bitwise_equal(case, position, noise):
+    """Also where a selection names future positions: they are empty slots."""
+    arguments = oracle.contiguous(case.arguments())
+    first = case.S - case.L
+    changed = {name: arguments[name].clone() for name in ("q", "k", "v")}
+    for name, x in changed.items():
+        x[:, max(position - first, 0) if name == "q" else position :] += noise
+    before, after = sparse_attention(**arguments), sparse_attention(**{**arguments, **changed})
+    for x, y in zip(before, after, strict=True):
+        assert torch.equal(x[:, : max(position - first, 0)], y[:, : max(position - first, 0)])
 
 
 @pytest.mark.property(6)

@@ -12,10 +12,9 @@ from gsa_ref import equations, score_variance, token_budget
 from gsa_ref.cases import BudgetCase, Limits, budget_cases
 from gsa_ref.check import budget_interval, gamma, variance_interval
 from tests.ref import oracle
+from tests.strategies import RULES, SEEDS
 
 CASES = budget_cases("float32", Limits(B=3))
-SEEDS = st.integers(0, 2**16)
-RULES = st.sampled_from(("proportional", "inverse", "fixed"))
 
 
 def sizes(case: BudgetCase) -> dict[str, object]:

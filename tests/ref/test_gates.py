@@ -12,6 +12,7 @@ from gsa_ref import apply_gate, equations, sparse_attention
 from gsa_ref.cases import DTYPES, Limits, attention_cases, gate_cases
 from gsa_ref.check import unit_roundoff
 from tests.ref import oracle
+from tests.strategies import NUMBERS
 
 ANY = st.sampled_from(tuple(DTYPES)).flatmap(lambda dtype: gate_cases(dtype, Limits()))
 
@@ -49,6 +50,18 @@ def test_a_gate_never_enlarges(case):
     assert (apply_gate(x, gate).abs() <= x.abs()).all()
 
 
+@pytest.mark.property(44)
+@given(st.lists(st.tuples(NUMBERS, NUMBERS), min_size=1))
+def test_a_gate_enlarges_no_number_and_turns_no_sign(pairs):
+    """Of any size, denormals and infinities included. Only ∞ · σ(−∞), with σ = 0 after rounding, is not a number."""
+    x, gate_logits = (torch.tensor(column) for column in zip(*pairs, strict=True))
+    out = apply_gate(x, gate_logits)
+    undefined = out.isnan()
+    assert (x.isinf() & (gate_logits < -80))[undefined].all()
+    assert (out.abs() <= x.abs())[~undefined].all()
+    assert (out * x >= 0)[~undefined].all()
+
+
 @given(gate_cases("float64", Limits()))
 def test_a_gate_keeps_the_sign_and_grows_with_its_logit(case):
     x, gate = case.arguments()
@@ -62,6 +75,7 @@ def test_a_gate_keeps_the_sign_and_grows_with_its_logit(case):
 @pytest.mark.property(45)
 @given(st.sampled_from(("float32", "float64")).flatmap(lambda dtype: attention_cases(dtype, Limits())))
 def test_fused_gates_equal_gates_applied_before_and_after(case):
+    """Within rounding: the value gate is applied to gathered values, where the vectorised σ may differ by an ulp."""
     arguments = case.arguments()
     value, output = arguments.pop("value_gate_logits"), arguments.pop("output_gate_logits")
     fused, fused_lse = sparse_attention(**arguments, value_gate_logits=value, output_gate_logits=output)
@@ -70,7 +84,9 @@ def test_fused_gates_equal_gates_applied_before_and_after(case):
     out, lse = sparse_attention(**arguments)
     if output is not None:
         out = apply_gate(out, output)
-    assert torch.equal(fused, out)
+    size = float(arguments["v"].abs().max())
+    tolerance = 2 * oracle.attention_tolerance(arguments)[0] + 8 * unit_roundoff(out.dtype) * size
+    assert oracle.close(fused, out, tolerance if value is not None else 0.0)
     assert torch.equal(fused_lse, lse)
 
 

@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import gsa_ref
@@ -15,9 +15,9 @@ from gsa_ref.cases import IndexedSelectionCase, Limits, SelectionCase, draw_scor
 from gsa_ref.cases import selection_cases as cases
 from gsa_ref.check import budget_interval, topk_certificate
 from tests.ref import oracle
+from tests.strategies import ROWS_OF_SCORES, SEEDS
 
 CASES = cases("float32", Limits(B=3))
-SEEDS = st.integers(0, 2**16)
 MANY = 2**20
 
 
@@ -150,13 +150,23 @@ def test_rows_in_chunks_equal_all_rows_at_once(case, rows):
 
 
 @pytest.mark.property(28)
-@pytest.mark.parametrize("k", [1, 2048, 4500, 5999])
-def test_more_than_4096_scores_inside_one_float16_step(k):
+@settings(max_examples=10)
+@given(SEEDS, st.integers(1, 5999))
+def test_more_than_4096_scores_inside_one_float16_step(seed, k):
     """A selection by the float16 value, or by a histogram of it, cannot tell these apart."""
-    scores = draw_scores("near", (1, 1, 6000), torch.Generator().manual_seed(k))
+    scores = draw_scores("near", (1, 1, 6000), torch.Generator().manual_seed(seed))
     assert len(scores.half().unique()) <= 2
     expected = sorted(np.argsort(-scores[0, 0].numpy(), kind="stable")[:k].tolist())
     assert choose(scores[0, 0].tolist(), k) == expected
+
+
+@pytest.mark.property(29)
+@given(ROWS_OF_SCORES, st.integers(0, 45))
+def test_special_scores_rank_as_the_numbers_that_they_are(row, k):
+    """By the certificate, which compares every selected score with every one that was left out."""
+    chosen = choose(row, k)
+    certificate = topk_certificate(np.array(chosen, np.int64), len(chosen), np.array(row), 0.0, k)
+    assert certificate, certificate.reason
 
 
 @pytest.mark.property(29)

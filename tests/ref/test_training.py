@@ -31,10 +31,10 @@ from gsa_ref.check import gamma
 from tests.ref import oracle, ranks
 from tests.ref.models import SMALL, build, hidden
 from tests.ref.oracle import close
+from tests.strategies import SEEDS
 
 LEARNING = ("q_idx", "k_idx", "head_logits", "bias")
 PHASES = ("warm_up", "sparse", "sparse_lse")
-SEEDS = st.integers(0, 2**16)
 CONFIG = ModelConfig(attention=SMALL, n_layers=2, d_ff=24)
 
 
