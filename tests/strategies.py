@@ -5,6 +5,9 @@ from hypothesis import strategies as st
 SEEDS = st.integers(0, 2**16)
 RULES = st.sampled_from(("proportional", "inverse", "fixed"))
 NUMBERS = st.floats(width=32, allow_nan=False)  # ±0, denormals and infinities among them
-# Scores of one row: often the same, often one of the values that a comparison of bits or of halves would misplace.
-SCORES = st.sampled_from((0.0, -0.0, 1.0, float("inf"), -float("inf"), float("nan"))) | st.floats(width=32)
-ROWS_OF_SCORES = st.lists(SCORES, min_size=1, max_size=40)
+# The scores of one row and a budget that leaves some of them out. Many are the same, and many are among the values that
+# a comparison of bits, or of halves, would misplace.
+SPECIAL = (0.0, -0.0, 1e-45, -1e-45, 1.0, float("inf"), -float("inf"), float("nan"))
+ROWS_WITH_BUDGETS = st.lists(st.sampled_from(SPECIAL) | st.floats(width=32), min_size=2, max_size=40).flatmap(
+    lambda row: st.tuples(st.just(row), st.integers(1, len(row) - 1))
+)

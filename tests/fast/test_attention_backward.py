@@ -1,5 +1,7 @@
 """Gradients of sparse attention and the contracts of the backward pass."""
 
+import dataclasses
+
 import pytest
 import torch
 from hypothesis import given
@@ -168,8 +170,8 @@ def test_any_strides_of_the_output_gradient_give_the_same_bits(layout, device):
 
 
 @pytest.mark.property(9)
-@examples(4)
-@given(attention_backward_cases("float32", FEW))
+@examples(3)
+@given(attention_backward_cases("float32", FEW).filter(lambda case: case.layout != "contiguous"))
 def test_strided_inputs_give_the_bits_of_contiguous_ones(device, case):
     arguments, (dout, dlse) = case.arguments(device), case.output_gradients(device)
     strided = gradients(gsa_fast.sparse_attention, arguments, dout, dlse, impl="triton")
@@ -180,8 +182,8 @@ def test_strided_inputs_give_the_bits_of_contiguous_ones(device, case):
 
 
 @pytest.mark.property(6)
-@examples(4)
-@given(attention_backward_cases("float32", FEW))
+@examples(3)
+@given(attention_backward_cases("float32", FEW).map(lambda case: dataclasses.replace(case, B=2)))
 def test_a_batch_slice_equals_the_sequence_alone_bitwise(device, case):
     arguments, (dout, dlse) = case.arguments(device), case.output_gradients(device)
     together = gradients(gsa_fast.sparse_attention, arguments, dout, dlse, impl="triton")
@@ -191,26 +193,26 @@ def test_a_batch_slice_equals_the_sequence_alone_bitwise(device, case):
         assert all(same(each[name], together[name][one]) for name in each)
 
 
-WIDE = {"q": 4, "k": 4, "v": 4, "value_gate_logits": 4, "output_gate_logits": 4, "dout": 4, "indices": 3, "counts": 2}
+DIMENSIONS = {
+    "q": "B L H_kv d_h", "k": "B S H_kv d_h", "v": "B S H_kv d_h", "dout": "B L H_kv d_h", "indices": "B L K",
+    "counts": "B L",
+}  # fmt: skip
+WIDE = [(name, axis) for name, dimensions in DIMENSIONS.items() for axis in range(len(dimensions.split()))]
 
 
 @pytest.mark.pitfall("int32-strides")
-@pytest.mark.parametrize(("name", "axis"), [(name, axis) for name, dim in WIDE.items() for axis in range(dim)])
+@pytest.mark.parametrize(("name", "axis"), WIDE)
 def test_strides_past_two_to_the_31_do_not_wrap(name, axis, device):
-    """Offsets are 64-bit along every axis."""
-    arguments, dout = draw(axis, device, B=3 if axis == 0 else 1, L=3, S=3, H_kv=3, group=1, d_h=3, K=3)
-    given_ = {**arguments, "dout": dout, **arguments["selection"]._asdict()}
-    x = given_[name]
-    given_[name] = widely_strided(tuple(x.shape), axis, device, x.dtype).copy_(x)
-    wide = {name: given_[name] for name in NAMES} | {"selection": Selection(given_["indices"], given_["counts"])}
-    for deterministic in (True, False):
-        options = {"deterministic": deterministic, "impl": "triton"}
-        expected = gradients(gsa_fast.sparse_attention, arguments, dout, **options)
-        found = gradients(gsa_fast.sparse_attention, wide, given_["dout"], **options)
-        for name, gradient in expected.items():
-            torch.testing.assert_close(
-                found[name], gradient, rtol=1e-5 * (not deterministic), atol=1e-6 * (not deterministic)
-            )
+    """Offsets are 64-bit along every axis: index · stride reaches 2^31, though both fit into 32 bits."""
+    sizes = {"B": 1, "L": 1, "S": 3, "H_kv": 1, "d_h": 2, "K": 2, DIMENSIONS[name].split()[axis]: 3}
+    arguments, dout = draw(axis, device, group=1, **sizes)
+    del arguments["value_gate_logits"], arguments["output_gate_logits"]  # the gate kernels read them
+    wide = {**arguments, "dout": dout, **arguments["selection"]._asdict()}
+    wide[name] = widely_strided(tuple(wide[name].shape), axis, device, wide[name].dtype).copy_(wide[name])
+    wide["selection"] = Selection(wide.pop("indices"), wide.pop("counts"))
+    expected = gradients(gsa_fast.sparse_attention, arguments, dout, impl="triton")
+    found = gradients(gsa_fast.sparse_attention, wide, wide.pop("dout"), impl="triton")
+    assert all(same(found[name], expected[name]) for name in expected)
 
 
 def test_rounds_change_only_roundings(device, monkeypatch):

@@ -267,13 +267,13 @@ def test_a_sequence_alone_gives_the_same_bits(device, case):
 
 
 @pytest.mark.property(5)
-@examples(6)
-@given(CASES, st.data(), st.sampled_from((1.0, math.nan)))
-def test_future_perturbation_leaves_earlier_rows_bitwise_equal(device, case, data, noise):
-    """Of several queries in one step, each sees the keys up to its own."""
+@examples(4)
+@given(CASES, st.integers(1, 2), st.sampled_from((1.0, math.nan)))
+def test_future_perturbation_leaves_earlier_rows_bitwise_equal(device, case, t, noise):
+    """Of three queries in one step, each sees the keys up to its own."""
+    case = dataclasses.replace(case, L=3, S=case.S + 2)
     start = case.S - case.L
     arguments = {**contiguous(arguments_of(case, device)), "start": start, "lengths": None}
-    t = data.draw(st.integers(0, case.L))
     changed = {name: arguments[name].clone() for name in ("q", "k", "v", "q_idx", "k_idx", "head_logits")}
     for name, x in changed.items():
         x[:, start + t if name in ("k", "v", "k_idx") else t :] += noise

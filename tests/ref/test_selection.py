@@ -15,7 +15,7 @@ from gsa_ref.cases import IndexedSelectionCase, Limits, SelectionCase, draw_scor
 from gsa_ref.cases import selection_cases as cases
 from gsa_ref.check import budget_interval, topk_certificate
 from tests.ref import oracle
-from tests.strategies import ROWS_OF_SCORES, SEEDS
+from tests.strategies import ROWS_WITH_BUDGETS, SEEDS
 
 CASES = cases("float32", Limits(B=3))
 MANY = 2**20
@@ -161,9 +161,10 @@ def test_more_than_4096_scores_inside_one_float16_step(seed, k):
 
 
 @pytest.mark.property(29)
-@given(ROWS_OF_SCORES, st.integers(0, 45))
-def test_special_scores_rank_as_the_numbers_that_they_are(row, k):
+@given(ROWS_WITH_BUDGETS)
+def test_special_scores_rank_as_the_numbers_that_they_are(row_and_budget):
     """By the certificate, which compares every selected score with every one that was left out."""
+    row, k = row_and_budget
     chosen = choose(row, k)
     certificate = topk_certificate(np.array(chosen, np.int64), len(chosen), np.array(row), 0.0, k)
     assert certificate, certificate.reason
