@@ -60,14 +60,17 @@ def draw_values(kind: str, shape: tuple[int, ...], generator: torch.Generator) -
 def lay_out(x: Tensor, layout: str) -> Tensor:
     """The same values with other strides: "permuted" swaps two axes in memory, "margins" surrounds x by poison.
 
-    The margin is NaN for floating-point tensors and 0, a legal position, for integers: a read outside x shows.
+    The margin is NaN for floating-point tensors and 0, a legal position, for integers: a read outside x shows. Of a
+    vector, "permuted" takes every second element of one twice as long, with poison between them.
     """
-    if layout == "contiguous" or x.dim() < 2:
+    if layout == "contiguous" or x.dim() == 0:
         return x.contiguous()
-    if layout == "permuted":
+    if layout == "permuted" and x.dim() > 1:
         a, b = (0, 1) if x.dim() == 2 else (1, 2)
         return x.transpose(a, b).contiguous().transpose(a, b)
     poison = math.nan if x.is_floating_point() else 0
+    if layout == "permuted":
+        return torch.stack((x, torch.full_like(x, poison)), 1)[:, 0]
     big = torch.full([n + 2 for n in x.shape], poison, dtype=x.dtype, device=x.device)
     inner = big[tuple(slice(1, -1) for _ in x.shape)]
     inner.copy_(x)
@@ -167,7 +170,7 @@ class IndexerCase(Case):
         }
         return {
             **tensors,
-            "bias": torch.randn(self.H_I, generator=g).to(device),
+            "bias": lay_out(torch.randn(self.H_I, generator=g).to(device), self.layout),
             "start": _int32(self.start, device) if isinstance(self.start, tuple) else self.start,
             "lengths": None if self.lengths is None else _int32(self.lengths, device),
         }
@@ -296,7 +299,7 @@ class AttentionBackwardCase(AttentionCase):
         other = LAYOUTS[LAYOUTS.index(self.layout) - 1]
         dout = draw_values("normal", shape, g).to(dtype).to(device)
         dlse = draw_values("normal", shape[:-1], g).to(torch.float32).to(device) * self.lse_gradient
-        return lay_out(dout, other), dlse
+        return lay_out(dout, other), lay_out(dlse, self.layout)
 
 
 @dataclass(frozen=True)

@@ -21,6 +21,7 @@ import claims  # noqa: E402
 import learning  # noqa: E402
 import notebook_pages  # noqa: E402
 import records  # noqa: E402
+import register  # noqa: E402
 import speed  # noqa: E402
 import thread  # noqa: E402
 
@@ -279,6 +280,7 @@ def test_broken_sources_fail_the_build(copy: Path, tmp_path_factory: pytest.Temp
     edit(page, "[gsa_ref.check.score_verdict]", "[gsa_ref.check.score_verdicts]")
     edit(page, "{{ default d }}", "{{ default dd }}")
     edit(copy / "docs/verify/index.md", "# What", "Eq. 99\n\n# What")
+    edit(copy / "tests/ref/test_attention.py", "@pytest.mark.property(33)\n", "")
     (copy / "docs/stray.md").write_text("# Stray\n")
     cell = {"cell_type": "markdown", "metadata": {}, "source": "# N\n\n[lost](../docs/nowhere.md)"}
     notebook = {"cells": [cell], "metadata": {}, "nbformat": 4, "nbformat_minor": 4}
@@ -287,9 +289,67 @@ def test_broken_sources_fail_the_build(copy: Path, tmp_path_factory: pytest.Temp
     done = build(copy, tmp_path_factory.mktemp("broken"))
     assert done.returncode != 0
     reported = "\n".join(re.findall(r"^WARNING -.*$", done.stderr, re.MULTILINE))
-    for name in ("selections.md", "#tie'", "score_verdicts", "default dd", "Eq. 99", "nowhere.md"):
+    for name in ("selections.md", "#tie'", "score_verdicts", "default dd", "Eq. 99", "nowhere.md", "property 33"):
         assert name in reported, f"{name} was not reported in\n{done.stderr}"
     assert "stray.md" in done.stderr  # listed below the warning that some pages are not in the nav
+
+
+# ---- the register of properties and pitfalls -------------------------------------------------------------------------
+
+
+def test_every_property_and_pitfall_is_claimed_on_both_sides_or_excused():
+    assert register.problems(ROOT) == []
+    assert [entry.key for entry in register.PROPERTIES] == list(range(1, 58))
+    assert len({entry.key for entry in register.PITFALLS}) == len(register.PITFALLS)
+
+
+def test_properties_page_names_every_entry_and_every_claim(site: Path):
+    text = (site / "verify/properties/index.html").read_text(encoding="utf-8")
+    claims, _ = register.read(ROOT)
+    assert {claim.side for claim in claims} == set(register.SIDES)
+    assert all(f"<code>{claim.path}</code>" in text and f"<code>{claim.test}</code>" in text for claim in claims)
+    assert all(f"<strong>{entry.key}.</strong>" in text for entry in register.PROPERTIES)
+    assert text.count("<dt>") == len(register.PROPERTIES) + len(register.PITFALLS)
+    reasons = [why for e in register.PROPERTIES + register.PITFALLS for why in (e.named | e.absent).values()]
+    assert all(why in text for why in reasons)
+
+
+DRAWN = "@pytest.mark.property(1)\n@given(CASES)\ndef test_a(case): pass\n"
+NAMED = "@pytest.mark.property(1)\ndef test_a(): pass\n"
+HELD = {"ref": DRAWN, "fast": DRAWN}
+FORM = "only 0 are literals on a test function"
+
+
+@pytest.mark.parametrize(
+    ("tests", "excuses", "expected"),
+    [
+        (HELD, {}, []),
+        ({"ref": DRAWN}, {}, ["property 1 in tests/fast: no test claims it"]),
+        ({"ref": DRAWN}, {"absent": {"fast": "why"}}, []),
+        (HELD, {"absent": {"fast": "why"}}, ["property 1 in tests/fast: is tested, but excused"]),
+        ({**HELD, "fast": NAMED}, {}, ["property 1 in tests/fast: no drawn test"]),
+        ({**HELD, "fast": NAMED}, {"named": {"fast": "why"}}, []),
+        (HELD, {"named": {"ref": "why"}}, ["property 1 in tests/ref: is drawn, but excused"]),
+        ({**HELD, "ref": DRAWN.replace("(1)", "(1, 2)")}, {}, ["test_a: property 2 is not in the register"]),
+        ({**HELD, "other": NAMED}, {}, ["test_a: only tests in tests/ref and tests/fast claim a property"]),
+        ({**HELD, "other": "pytestmark = pytest.mark.property(1)\n"}, {}, [FORM]),
+        ({**HELD, "other": NAMED.replace("(1)", "(N)")}, {}, [FORM]),
+        ({**HELD, "other": NAMED.replace("test_a", "helper")}, {}, [FORM]),
+        ({**HELD, "other": '@pytest.mark.pitfall("x")\ndef test_a(): pass\n'}, {}, ["'x' is not", "only tests in"]),
+        ({**HELD, "other": 'def test_a():\n    "Properties 1 and 2."\n'}, {}, ["names a property in its docstring"]),
+    ],
+)
+def test_what_the_register_and_the_tests_disagree_on_is_a_problem(
+    tests: dict[str, str], excuses: dict[str, dict[str, str]], expected: list[str], tmp_path: Path, monkeypatch
+):
+    entry = register.Entry(1, "indexer", "a claim", **excuses)
+    monkeypatch.setattr(register, "REGISTERS", {"property": (entry,), "pitfall": ()})
+    for side, text in tests.items():
+        (tmp_path / "tests" / side).mkdir(parents=True)
+        (tmp_path / "tests" / side / "test_x.py").write_text(text)
+    found = register.problems(tmp_path)
+    assert len(found) == len(expected), found
+    assert all(part in problem for part, problem in zip(expected, found, strict=True)), found
 
 
 # ---- tables, notebooks, code on pages, pictures ----------------------------------------------------------------------

@@ -17,9 +17,10 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+import register  # mkdocs loads a hook with its folder on the path
 from claims import claims_list, claims_verdicts
 from learning import DIRECTIVES as LEARNING
-from records import fuzzing_table, verification_table  # mkdocs loads a hook with its folder on the path
+from records import fuzzing_table, verification_table
 from speed import DIRECTIVES as SPEED
 from speed import table
 
@@ -372,6 +373,7 @@ DIRECTIVES: dict[str, Callable[..., str]] = {
     "fuzzing_table": fuzzing_table,
     **SPEED,
     **LEARNING,
+    **register.DIRECTIVES,
 }
 DIRECTIVE = re.compile(r"\{\{ (\w+)((?: [\w./-]+)*) \}\}")
 
@@ -405,7 +407,9 @@ def on_pre_build(config: Any) -> None:
     all_objects.cache_clear()  # `mkdocs serve` builds many times
     modules_of_reference.cache_clear()
     _defaults.cache_clear()
-    for problem in problems(Path(config.config_file_path).parent):
+    register.read.cache_clear()
+    root = Path(config.config_file_path).parent
+    for problem in [*problems(root), *register.problems(root)]:
         log.warning(problem)
 
 

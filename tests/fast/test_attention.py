@@ -104,6 +104,7 @@ def method(request):
 # --- against the equations ----------------------------------------------------------------------------------------
 
 
+@pytest.mark.property(37)
 @all_methods
 @pytest.mark.usefixtures("bf16")
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -152,10 +153,11 @@ def test_every_sequence_has_its_own_start(device, case, data):
 # --- properties ---------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.property(30)
 @examples(3)
 @given(LONG32)
 def test_a_budget_of_everything_equals_dense_causal_attention(device, case):
-    """Property 30, against PyTorch's own SDPA."""
+    """Against PyTorch's own SDPA."""
     arguments = {**case.arguments(device), "selection": full(case.B, case.L, case.S, device)}
 
     def dense(dtype: torch.dtype) -> np.ndarray:
@@ -171,10 +173,11 @@ def test_a_budget_of_everything_equals_dense_causal_attention(device, case):
     assert verdict, verdict
 
 
+@pytest.mark.property(31)
 @examples(3)
 @given(PLAIN)
 def test_output_stays_inside_the_range_of_the_selected_values(device, case):
-    """Property 31, per channel."""
+    """Per channel."""
     arguments = case.arguments(device)
     out, tolerance = numpy(attend(arguments)[0]), gold(arguments)[2]
     v = numpy(arguments["v"].repeat_interleave(case.group, 2))[:, None]  # [B, 1, S, H, d_h]
@@ -184,10 +187,11 @@ def test_output_stays_inside_the_range_of_the_selected_values(device, case):
     assert ((low - tolerance <= out) & (out <= high + tolerance))[rows].all()
 
 
+@pytest.mark.property(32)
 @examples(3)
 @given(LONG32, st.sampled_from((-3.0, 0.7, 1.0)))
 def test_equal_values_come_out_unchanged(device, case, value):
-    """Property 32: the probabilities of a row add up to 1."""
+    """The probabilities of a row add up to 1."""
     arguments = case.arguments(device)
     arguments["v"] = torch.full_like(arguments["v"], value)
     with small_tiles():
@@ -197,18 +201,20 @@ def test_equal_values_come_out_unchanged(device, case, value):
     assert ((out.double() - value).abs()[rows] <= gamma(2 * case.width + 16) * abs(value)).all()
 
 
+@pytest.mark.property(34)
 @examples(3)
 @given(PLAIN, st.sampled_from((-2.0, 4.0)))
 def test_a_factor_on_q_cancels_its_inverse_on_the_scale(device, case, a):
-    """Property 34: bitwise, because a is a power of two."""
+    """Bitwise, because a is a power of two."""
     arguments = case.arguments(device)
     assert same(attend(arguments, scale=0.25), attend(arguments, q=arguments["q"] * a, scale=0.25 / a))
 
 
+@pytest.mark.property(35)
 @examples(3)
 @given(LONG32, st.data())
 def test_two_parts_of_a_selection_merge_by_their_lse(device, case, data):
-    """Property 35: o = Σ_i e^(lse_i − lse) o_i, the rule that split decoding relies on."""
+    """o = Σ_i e^(lse_i − lse) o_i, the rule that split decoding relies on."""
     arguments = case.arguments(device)
     indices, counts = arguments["selection"]
     cut = data.draw(st.integers(0, case.width))
@@ -235,10 +241,11 @@ def test_two_parts_of_a_selection_merge_by_their_lse(device, case, data):
     assert close(whole_lse, lse, lse_tolerance + whole_tolerance)
 
 
+@pytest.mark.property(36)
 @examples(3)
 @given(PLAIN32, st.sampled_from((-2.0, 0.5, 1.0)), st.sampled_from((-1.0, 0.25, 4.0)))
 def test_output_is_linear_in_the_values(device, case, a, b):
-    """Property 36. Values are multiples of 2^−10, so that the mixture itself is exact."""
+    """Values are multiples of 2^−10, so that the mixture itself is exact."""
     arguments = case.arguments(device)
     v = (arguments["v"] * 1024).round() / 1024
     values = v, v.flip(1) + 1, a * v + b * (v.flip(1) + 1)
@@ -247,10 +254,11 @@ def test_output_is_linear_in_the_values(device, case, a, b):
     assert close(outs[2], a * outs[0] + b * outs[1], bounds[2] + abs(a) * bounds[0] + abs(b) * bounds[1])
 
 
+@pytest.mark.property(37)
 @examples(3)
 @given(ANY, st.sampled_from((math.nan, math.inf, -math.inf)))
 def test_nan_in_unselected_keys_and_values_changes_nothing(device, case, poison):
-    """Property 37: bitwise."""
+    """Bitwise."""
     arguments = contiguous(case.arguments(device))
     unselected = ~selected(case, arguments["selection"]).any(1).to(device)  # [B, S]
     poisoned = {name: arguments[name] for name in ("k", "v", "value_gate_logits") if arguments[name] is not None}
@@ -258,10 +266,11 @@ def test_nan_in_unselected_keys_and_values_changes_nothing(device, case, poison)
     assert same(attend(arguments), attend(arguments, **poisoned))
 
 
+@pytest.mark.property(37)
 @examples(3)
 @given(ANY, st.data(), st.sampled_from(("k", "v")))
 def test_nan_in_a_selected_key_or_value_reaches_exactly_the_queries_that_selected_it(device, case, data, name):
-    """The other half of property 37."""
+    """The other half of the property: what is selected does count."""
     arguments = case.arguments(device)
     b, s = data.draw(st.integers(0, case.B - 1)), data.draw(st.integers(0, case.S - 1))
     before = attend(arguments)
@@ -281,10 +290,12 @@ def test_nan_in_a_selected_key_or_value_reaches_exactly_the_queries_that_selecte
         assert close(lse, numpy(before[1]), 2 * tolerance)
 
 
+@pytest.mark.property(38)
+@pytest.mark.pitfall("group-sizes")
 @examples(3)
 @given(PLAIN)
 def test_grouped_heads_equal_repeated_key_value_heads(device, case):
-    """Property 38: query head h reads key/value head ⌊h / group⌋."""
+    """Query head h reads key/value head ⌊h / group⌋."""
     arguments = case.arguments(device)
     repeated = {name: arguments[name].repeat_interleave(case.group, 2) for name in ("k", "v")}
     (out, lse), (expected_out, expected_lse) = attend(arguments), attend(arguments, **repeated)
@@ -293,10 +304,12 @@ def test_grouped_heads_equal_repeated_key_value_heads(device, case):
     assert close(lse, numpy(expected_lse), 2 * lse_tolerance)
 
 
+@pytest.mark.property(39)
+@pytest.mark.pitfall("diagonal")
 @examples(3)
 @given(PLAIN, st.integers(0, 2**16))
 def test_one_slot_gives_that_value_and_its_logit(device, case, seed):
-    """Property 39: the value exactly, because softmax of one number is 1. The slot may be the query's own position."""
+    """The value exactly, because softmax of one number is 1. The slot may be the query's own position."""
     arguments = case.arguments(device)
     position = torch.arange(case.L) + case.S - case.L
     index = (torch.rand(case.B, case.L, generator=torch.Generator().manual_seed(seed)) * (position + 1)).long()
@@ -308,10 +321,12 @@ def test_one_slot_gives_that_value_and_its_logit(device, case, seed):
     assert close(lse, *gold(arguments)[1::2])
 
 
+@pytest.mark.property(40)
+@pytest.mark.pitfall("rows-without-a-key")
 @examples(3)
 @given(ANY.map(lambda case: dataclasses.replace(case, pattern="empty")))
 def test_an_empty_row_gives_zero_and_minus_infinity(device, case):
-    """Property 40: exactly, and nothing else gives it."""
+    """Exactly, and nothing else gives it."""
     arguments = case.arguments(device)
     empty = ~selected(case, arguments["selection"]).any(-1).to(device)
     out, lse = attend(arguments)
@@ -319,10 +334,11 @@ def test_an_empty_row_gives_zero_and_minus_infinity(device, case):
     assert torch.equal(lse == -math.inf, empty[..., None].expand_as(lse))
 
 
+@pytest.mark.property(41)
 @examples(3)
 @given(PLAIN32)
 def test_a_shift_of_all_keys_leaves_the_output_and_shifts_lse(device, case):
-    """Property 41: lse moves by scale·q·c. Keys and c are multiples of 2^−6, so that the sum is exact."""
+    """lse moves by scale·q·c. Keys and c are multiples of 2^−6, so that the sum is exact."""
     arguments = case.arguments(device)
     arguments["k"] = (arguments["k"] * 64).round() / 64
     c = (torch.linspace(-1, 1, case.d_h) * 64).round().to(device) / 64
@@ -334,10 +350,10 @@ def test_a_shift_of_all_keys_leaves_the_output_and_shifts_lse(device, case):
     assert close(after_lse, numpy(lse) + move, bounds[1] + shifted_bounds[1])
 
 
+@pytest.mark.property(7)
 @examples(3)
 @given(attention_cases("float32", LONG_ROWS).map(ungated).map(wide))
 def test_output_does_not_depend_on_the_tiles_it_is_computed_in(device, case):
-    """Property 7."""
     arguments = case.arguments(device)
     out, lse = attend(arguments)
     with small_tiles():
@@ -347,28 +363,28 @@ def test_output_does_not_depend_on_the_tiles_it_is_computed_in(device, case):
     assert close(tiled_lse, numpy(lse), 2 * lse_tolerance)
 
 
+@pytest.mark.property(9)
 @examples(3)
 @given(ANY.filter(lambda case: case.layout != "contiguous"))
 def test_strided_inputs_equal_contiguous_ones_bitwise(device, case):
-    """Property 9."""
     arguments = case.arguments(device)
     assert same(attend(arguments), attend(contiguous(arguments)))
 
 
+@pytest.mark.property(6)
 @examples(3)
 @given(ANY)
 def test_a_batch_slice_equals_the_sequence_alone_bitwise(device, case):
-    """Property 6."""
     arguments = case.arguments(device)
     out, lse = attend(arguments)
     for b in range(case.B):
         assert same(attend(alone(arguments, b)), (out[b : b + 1], lse[b : b + 1]))
 
 
+@pytest.mark.property(5)
 @examples(3)
 @given(ANY, st.data())
 def test_future_perturbation_leaves_earlier_rows_bitwise_equal(device, case, data):
-    """Property 5."""
     arguments = contiguous(case.arguments(device))
     t = data.draw(st.integers(0, case.L))
     position = case.S - case.L + t
@@ -381,10 +397,10 @@ def test_future_perturbation_leaves_earlier_rows_bitwise_equal(device, case, dat
     assert same([x[:, :t] for x in before], [x[:, :t] for x in after])
 
 
+@pytest.mark.property(57)
 @examples(2)
 @given(ANY)
 def test_reruns_are_bitwise_equal(device, case):
-    """Property 57."""
     arguments = case.arguments(device)
     assert same(attend(arguments), attend(arguments))
 
@@ -392,6 +408,7 @@ def test_reruns_are_bitwise_equal(device, case):
 # --- empty slots --------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.pitfall("minus-one-in-prefix")
 @examples(3)
 @given(PLAIN.map(lambda case: dataclasses.replace(case, pattern="holes")))
 def test_minus_one_and_future_positions_inside_the_prefix_are_empty_slots(device, case):
@@ -408,6 +425,7 @@ def test_minus_one_and_future_positions_inside_the_prefix_are_empty_slots(device
     assert close(lse, numpy(expected_lse), 2 * lse_tolerance)
 
 
+@pytest.mark.pitfall("empty-first-tile")
 @pytest.mark.parametrize(
     "slots",
     [
@@ -466,6 +484,7 @@ def test_duplicates_are_found_by_validate(device):
 # --- tiles of several queries -----------------------------------------------------------------------------------------
 
 
+@pytest.mark.pitfall("group-sizes")
 @all_methods
 @pytest.mark.parametrize(
     ("group", "small"),
@@ -631,6 +650,7 @@ def test_every_slot_of_a_long_row_counts_once(S, device):
 # --- shapes and strides -------------------------------------------------------------------------------------------
 
 
+@pytest.mark.pitfall("length-zero")
 @pytest.mark.parametrize(("B", "L", "S"), [(0, 2, 3), (2, 0, 3), (0, 0, 0)])
 def test_empty_axes_give_empty_outputs(B, L, S, device):
     q, k = torch.ones(B, L, 2, 4, device=device), torch.ones(B, S, 1, 4, device=device)
@@ -640,6 +660,8 @@ def test_empty_axes_give_empty_outputs(B, L, S, device):
     assert same(lse, q[..., 0])
 
 
+@pytest.mark.pitfall("length-zero")
+@pytest.mark.property(40)
 def test_without_keys_every_row_is_empty(device):
     q, k = torch.ones(2, 3, 2, 4, device=device), torch.ones(2, 0, 1, 4, device=device)
     selection = Selection(int32([[[0, 5]] * 3] * 2, device), int32([[2] * 3] * 2, device))
@@ -656,6 +678,8 @@ def test_without_slots_every_row_is_empty(device):
     assert same(lse, torch.full_like(q[..., 0], -math.inf))
 
 
+@pytest.mark.pitfall("transposed-input")
+@pytest.mark.property(9)
 def test_keys_and_values_may_be_views_of_one_projection(device):
     """The strides of a fused projection: [B, S, 2, H_kv, d_h]."""
     g = torch.Generator().manual_seed(0)
@@ -667,6 +691,7 @@ def test_keys_and_values_may_be_views_of_one_projection(device):
 WIDE = {"q": (3, 6, 3), "k": (3, 3, 3), "v": (3, 3, 3), "output_gate_logits": (3, 6, 3)}  # without the batch
 
 
+@pytest.mark.pitfall("int32-strides")
 @pytest.mark.parametrize(("name", "axis"), [(name, axis) for name in WIDE for axis in range(4)])
 def test_strides_past_two_to_the_31_do_not_wrap(name, axis, device):
     """Offsets are 64-bit along every axis."""
@@ -679,6 +704,7 @@ def test_strides_past_two_to_the_31_do_not_wrap(name, axis, device):
     assert same(attend(arguments, **{name: tensor}), attend(arguments))
 
 
+@pytest.mark.pitfall("int32-strides")
 @pytest.mark.parametrize("axis", [0, 1, 2])
 def test_strides_of_a_selection_past_two_to_the_31_do_not_wrap(axis, device):
     g = torch.Generator().manual_seed(axis)

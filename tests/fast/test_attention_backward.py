@@ -1,4 +1,6 @@
-"""Gradients of sparse attention: properties 47 to 50 and the contracts of the backward pass."""
+"""Gradients of sparse attention and the contracts of the backward pass."""
+
+import dataclasses
 
 import pytest
 import torch
@@ -12,7 +14,17 @@ from gsa_fast.attention.union_backward_hopper import channels_in_order
 from gsa_fast.verification.interpreter import small_tiles
 from gsa_ref import Selection
 from gsa_ref.cases import Limits, attention_backward_cases
-from tests.fast.helpers import DTYPES, SEVERAL_TILES, assert_in_budget, examples, int32, same
+from tests.fast.helpers import (
+    DTYPES,
+    SEVERAL_TILES,
+    alone,
+    assert_in_budget,
+    contiguous,
+    examples,
+    int32,
+    same,
+    widely_strided,
+)
 
 NAMES = ("q", "k", "v", "value_gate_logits", "output_gate_logits")
 FEW = Limits(B=2, L=8, S=24, heads=2, group=3, width=16)
@@ -45,15 +57,18 @@ def draw(seed, device, B=1, L=7, S=11, H_kv=2, group=2, d_h=8, K=5, dtype=torch.
     return arguments, tensor(*query)
 
 
+@pytest.mark.property(47, 49, 57)
+@pytest.mark.pitfall("reruns-differ")
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.usefixtures("bf16")
 @examples(4)
 @given(data=st.data())
 def test_gradients_are_within_the_error_budget(data, dtype, device):
-    """Properties 47 and 49, with proven bounds for small cases: in a fixed order, atomically, and rerun."""
+    """With proven bounds for small cases: in a fixed order, atomically, and rerun."""
     assert_in_budget(data.draw(attention_backward_cases(dtype, FEW)), device)
 
 
+@pytest.mark.property(47)
 @pytest.mark.parametrize("dtype", ["float32", "float16"])
 @examples(2)
 @given(data=st.data())
@@ -63,10 +78,11 @@ def test_gradients_over_several_tiles_chunks_and_rounds_are_within_the_error_bud
         assert_in_budget(case, device)
 
 
+@pytest.mark.property(48)
 @examples(3)
 @given(seed=st.integers(0, 2**16), power=st.integers(-6, 6))
 def test_the_backward_pass_is_linear_in_its_input(seed, power, device):
-    """Property 48: a power of two times dout gives that times every gradient, bit for bit, and 0 gives 0."""
+    """A power of two times dout gives that times every gradient, bit for bit, and 0 gives 0."""
     arguments, dout = draw(seed, device)
     plain = gradients(gsa_fast.sparse_attention, arguments, dout, impl="triton")
     scaled = gradients(gsa_fast.sparse_attention, arguments, dout * 2.0**power, impl="triton")
@@ -76,10 +92,11 @@ def test_the_backward_pass_is_linear_in_its_input(seed, power, device):
     assert not any(gradient.any() for gradient in zero.values())
 
 
+@pytest.mark.property(50)
 @examples(3)
 @given(seed=st.integers(0, 2**16))
 def test_adding_a_constant_to_every_key_moves_lse_alone(seed, device):
-    """Property 50: Σ_s dS = dlse per row, so the key direction q·Σ_s dk carries dlse and nothing of dout."""
+    """Σ_s dS = dlse per row, so the key direction q·Σ_s dk carries dlse and nothing of dout."""
     arguments, dout = draw(seed, device, group=1)
     unused = gradients(gsa_fast.sparse_attention, arguments, dout, impl="triton")["k"]
     # Σ_s dk = scale Σ_t (Σ_s dS) q[t] = 0 when lse has no gradient.
@@ -90,8 +107,10 @@ def test_adding_a_constant_to_every_key_moves_lse_alone(seed, device):
     torch.testing.assert_close(dk.sum(1), expected, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.property(49)
+@pytest.mark.pitfall("nan-in-the-backward-pass")
 def test_a_key_that_nobody_selected_gets_exactly_0_whatever_it_holds(device):
-    """Property 49, with NaN in the unselected rows."""
+    """With NaN in the unselected rows."""
     arguments, dout = draw(0, device)
     indices = torch.tensor([[[0, 2, 4, -1, -1]] * 7], dtype=torch.int32, device=device)
     arguments["selection"] = Selection(indices, int32([[3] * 7], device))
@@ -105,6 +124,7 @@ def test_a_key_that_nobody_selected_gets_exactly_0_whatever_it_holds(device):
         assert found["v"][:, 4].any()
 
 
+@pytest.mark.pitfall("nan-in-the-backward-pass")
 def test_rows_without_a_selection_get_0_and_give_nothing(device):
     arguments, dout = draw(1, device)
     counts = arguments["selection"].counts.clone()
@@ -124,6 +144,7 @@ def test_rows_without_a_selection_get_0_and_give_nothing(device):
         assert torch.allclose(found["v"], other["v"])
 
 
+@pytest.mark.pitfall("length-zero")
 @pytest.mark.parametrize("deterministic", [True, False])
 def test_tensors_without_elements_get_empty_gradients(deterministic, device):
     for sizes in ({"B": 0}, {"L": 0, "S": 4}):
@@ -134,6 +155,8 @@ def test_tensors_without_elements_get_empty_gradients(deterministic, device):
             assert not gradient.any()
 
 
+@pytest.mark.pitfall("transposed-input")
+@pytest.mark.property(9)
 @pytest.mark.parametrize("layout", ["expanded", "transposed"])
 def test_any_strides_of_the_output_gradient_give_the_same_bits(layout, device):
     arguments, dout = draw(2, device)
@@ -144,6 +167,52 @@ def test_any_strides_of_the_output_gradient_give_the_same_bits(layout, device):
     given_strides = gradients(gsa_fast.sparse_attention, arguments, dout, impl="triton")
     plain = gradients(gsa_fast.sparse_attention, arguments, dout.contiguous(), impl="triton")
     assert all(same(given_strides[name], plain[name]) for name in plain)
+
+
+@pytest.mark.property(9)
+@examples(3)
+@given(attention_backward_cases("float32", FEW).filter(lambda case: case.layout != "contiguous"))
+def test_strided_inputs_give_the_bits_of_contiguous_ones(device, case):
+    arguments, (dout, dlse) = case.arguments(device), case.output_gradients(device)
+    strided = gradients(gsa_fast.sparse_attention, arguments, dout, dlse, impl="triton")
+    plain = contiguous({**arguments, "dout": dout, "dlse": dlse})
+    dout, dlse = plain.pop("dout"), plain.pop("dlse")
+    expected = gradients(gsa_fast.sparse_attention, plain, dout, dlse, impl="triton")
+    assert all(same(strided[name], expected[name]) for name in expected)
+
+
+@pytest.mark.property(6)
+@examples(3)
+@given(attention_backward_cases("float32", FEW).map(lambda case: dataclasses.replace(case, B=2)))
+def test_a_batch_slice_equals_the_sequence_alone_bitwise(device, case):
+    arguments, (dout, dlse) = case.arguments(device), case.output_gradients(device)
+    together = gradients(gsa_fast.sparse_attention, arguments, dout, dlse, impl="triton")
+    for b in range(case.B):
+        one = slice(b, b + 1)
+        each = gradients(gsa_fast.sparse_attention, alone(arguments, b), dout[one], dlse[one], impl="triton")
+        assert all(same(each[name], together[name][one]) for name in each)
+
+
+DIMENSIONS = {
+    "q": "B L H_kv d_h", "k": "B S H_kv d_h", "v": "B S H_kv d_h", "dout": "B L H_kv d_h", "indices": "B L K",
+    "counts": "B L",
+}  # fmt: skip
+WIDE = [(name, axis) for name, dimensions in DIMENSIONS.items() for axis in range(len(dimensions.split()))]
+
+
+@pytest.mark.pitfall("int32-strides")
+@pytest.mark.parametrize(("name", "axis"), WIDE)
+def test_strides_past_two_to_the_31_do_not_wrap(name, axis, device):
+    """Offsets are 64-bit along every axis: index · stride reaches 2^31, though both fit into 32 bits."""
+    sizes = {"B": 1, "L": 1, "S": 3, "H_kv": 1, "d_h": 2, "K": 2, DIMENSIONS[name].split()[axis]: 3}
+    arguments, dout = draw(axis, device, group=1, **sizes)
+    del arguments["value_gate_logits"], arguments["output_gate_logits"]  # the gate kernels read them
+    wide = {**arguments, "dout": dout, **arguments["selection"]._asdict()}
+    wide[name] = widely_strided(tuple(wide[name].shape), axis, device, wide[name].dtype).copy_(wide[name])
+    wide["selection"] = Selection(wide.pop("indices"), wide.pop("counts"))
+    expected = gradients(gsa_fast.sparse_attention, arguments, dout, impl="triton")
+    found = gradients(gsa_fast.sparse_attention, wide, wide.pop("dout"), impl="triton")
+    assert all(same(found[name], expected[name]) for name in expected)
 
 
 def test_rounds_change_only_roundings(device, monkeypatch):
@@ -191,8 +260,8 @@ def test_ops_keep_the_contract_of_custom_ops(device):
     torch.library.opcheck(torch.ops.gsa_fast.apply_gate_backward.default, (dout, q.detach(), gate.detach()))
 
 
+@pytest.mark.property(55)
 def test_compiled_gradients_are_the_eager_ones(device):
-    """Property 55 for the backward pass."""
     arguments, dout = draw(5, device)
     compiled = torch.compile(gsa_fast.sparse_attention, fullgraph=True, backend="aot_eager")
     eager = gradients(gsa_fast.sparse_attention, arguments, dout, impl="triton")
@@ -200,6 +269,7 @@ def test_compiled_gradients_are_the_eager_ones(device):
     assert all(same(found[name], eager[name]) for name in eager)
 
 
+@pytest.mark.property(47)
 @pytest.mark.usefixtures("bf16")
 @pytest.mark.parametrize("dtype", ["float32", "float16"])
 @examples(8)

@@ -341,6 +341,7 @@ def test_without_warnings_when_kernels_run(device, monkeypatch):
 # --- large batches, on a GPU only: the interpreter would run 10,000 programs for each -----------------------------
 
 
+@pytest.mark.pitfall("large-batch")
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device: the interpreter takes too long")
 def test_ten_thousand_sequences_in_a_batch():

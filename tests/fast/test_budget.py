@@ -17,9 +17,9 @@ from gsa_ref import equations
 from gsa_ref.cases import BudgetCase, Limits, budget_cases
 from gsa_ref.check import variance_interval
 from tests.fast.helpers import SEVERAL_TILES, SMALL, assert_in_budget, examples, int32, same, widely_strided
+from tests.strategies import RULES
 
 CASES = budget_cases("float32", SMALL)
-RULES = st.sampled_from(("proportional", "inverse", "fixed"))
 
 
 def variance_of(scores: torch.Tensor) -> torch.Tensor:
@@ -76,20 +76,22 @@ def test_budget_kernel_stays_in_its_error_budget_over_several_shipped_tiles(devi
 # --- properties ---------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.property(10)
 @examples(20)
 @given(CASES)
 def test_budget_lies_between_the_bounds_cut_to_the_row(device, case):
-    """Property 10: min(k_min, n) ≤ k ≤ min(k_max, n)."""
+    """min(k_min, n) ≤ k ≤ min(k_max, n)."""
     n = n_valid(case, device)
     budget = budget_of(variance_of(case.scores(device)), case.mean_variance, n, **sizes(case))
     assert (budget >= n.clamp(max=case.k_min)).all()
     assert (budget <= n.clamp(max=case.k_max)).all()
 
 
+@pytest.mark.property(11)
 @examples(20)
 @given(CASES, st.data())
 def test_a_row_shorter_than_the_smallest_budget_takes_everything(device, case, data):
-    """Property 11: t + 1 < k_min gives t + 1."""
+    """t + 1 < k_min gives t + 1."""
     n = n_valid(case, device)
     k_min = data.draw(st.integers(int(n.min()), case.S + 1))
     budget = budget_of(
@@ -105,10 +107,11 @@ def test_a_row_shorter_than_the_smallest_budget_takes_everything(device, case, d
     assert (budget[n > k_min] >= k_min).all()
 
 
+@pytest.mark.property(12)
 @examples(20)
 @given(st.floats(-4, 4, width=32), st.integers(1, 300), RULES, st.sampled_from((0.0, 1e-4, 1.0)))
 def test_a_constant_row_has_no_variance_and_a_defined_budget(device, value, length, rule, mean_variance):
-    """Property 12: k_min for the proportional rule, k_max for the inverse one, k_base if V̄ is unset."""
+    """k_min for the proportional rule, k_max for the inverse one, k_base if V̄ is unset."""
     scores = torch.full((1, 1, length), value, device=device)
     variance = variance_of(scores)
     assert_inside_interval(variance, scores)
@@ -117,23 +120,26 @@ def test_a_constant_row_has_no_variance_and_a_defined_budget(device, value, leng
     assert int(budget) == min(expected, length)
 
 
+@pytest.mark.property(13)
 @examples(20)
 @given(CASES, st.sampled_from((-1000.0, -1.0, 0.25, 3.0, 4096.0)))
 def test_adding_a_constant_leaves_the_variance(device, case, c):
-    """Property 13: the scores are rounded to multiples of 2^−8 first, so that the sum itself is exact."""
+    """The scores are rounded to multiples of 2^−8 first, so that the sum itself is exact."""
     scores = (case.scores(device) * 256).round() / 256
     assert_inside_interval(variance_of(scores + c), scores + c, unshifted=scores)
 
 
+@pytest.mark.property(14)
 @examples(20)
 @given(CASES, st.sampled_from((-4.0, -1.0, 0.5, 2.0, 64.0)))
 def test_scaling_the_scores_scales_the_variance_by_the_square(device, case, a):
-    """Property 14: bitwise, because a is a power of two."""
+    """Bitwise, because a is a power of two."""
     scores = case.scores(device)
     scaled = torch.where(scores == -math.inf, scores, a * scores)
     assert same(variance_of(scaled), a * a * variance_of(scores))
 
 
+@pytest.mark.property(15)
 @examples(20)
 @given(
     st.integers(0, 2**16),
@@ -143,7 +149,7 @@ def test_scaling_the_scores_scales_the_variance_by_the_square(device, case, a):
     st.booleans(),
 )
 def test_streaming_variance_equals_two_passes_even_for_a_large_mean(device, seed, mean, std, length, small):
-    """Property 15: tiles merge by Chan's formula; Σx² − (Σx)²/n would cancel."""
+    """Tiles merge by Chan's formula; Σx² − (Σx)²/n would cancel."""
     x = mean + std * torch.randn(1, 1, length, generator=torch.Generator().manual_seed(seed)).to(device)
     if small:
         with small_tiles():
@@ -153,10 +159,10 @@ def test_streaming_variance_equals_two_passes_even_for_a_large_mean(device, seed
         assert_inside_interval(variance_of(x), x)
 
 
+@pytest.mark.property(16)
 @examples(20)
 @given(CASES)
 def test_budget_is_monotone_in_the_variance_in_the_direction_of_the_rule(device, case):
-    """Property 16."""
     variance = variance_of(case.scores(device)).flatten().sort()[0][None]
     many = torch.full_like(variance, 1000, dtype=torch.int32)
     steps = budget_of(variance, case.mean_variance or 0.01, many, **sizes(case)).diff()
@@ -166,19 +172,22 @@ def test_budget_is_monotone_in_the_variance_in_the_direction_of_the_rule(device,
         assert ((steps if case.rule == "proportional" else -steps) >= 0).all()
 
 
+@pytest.mark.property(16)
+@pytest.mark.pitfall("rule-turned-round")
 @pytest.mark.parametrize(
     ("rule", "expected"), [("proportional", [5, 10, 20]), ("inverse", [20, 10, 5]), ("fixed", [10, 10, 10])]
 )
 def test_the_rules_turn_in_opposite_directions(rule, expected, device):
-    """Property 16 by numbers: half, once and twice the mean variance."""
+    """By numbers: half, once and twice the mean variance."""
     variance, n = torch.tensor([[0.5, 1.0, 2.0]], device=device), int32([[100] * 3], device)
     assert budget_of(variance, 1.0, n, k_base=10, k_min=1, k_max=100, rule=rule).tolist() == [expected]
 
 
+@pytest.mark.property(17)
 @examples(20)
 @given(CASES, st.data())
 def test_a_row_depends_on_no_other_row(device, case, data):
-    """Property 17: neither on its batch neighbours nor on other queries."""
+    """Neither on its batch neighbours nor on other queries."""
     scores = case.scores(device).contiguous()
     b, t = data.draw(st.integers(0, case.B - 1)), data.draw(st.integers(0, case.L - 1))
     noisy = scores * 3 + 1
@@ -190,20 +199,23 @@ def test_a_row_depends_on_no_other_row(device, case, data):
     assert budgets[0] == budgets[1]
 
 
+@pytest.mark.property(18)
+@pytest.mark.pitfall("variance-of-one")
 @examples(20)
 @given(st.floats(-1e6, 1e6, width=32), RULES)
 def test_the_variance_of_one_element_is_zero_and_its_budget_one(device, value, rule):
-    """Property 18. The unbiased estimate would divide 0 by 0."""
+    """The unbiased estimate would divide 0 by 0."""
     variance = variance_of(torch.tensor([[[value, -math.inf, -math.inf]]], device=device))
     assert variance.tolist() == [[0.0]]
     n = int32([[1]], device)
     assert budget_of(variance, 0.01, n, k_base=8, k_min=2, k_max=16, rule=rule).tolist() == [[1]]
 
 
+@pytest.mark.property(9)
+@pytest.mark.pitfall("transposed-input")
 @examples(20)
 @given(CASES)
 def test_strided_scores_equal_contiguous_ones_bitwise(device, case):
-    """Property 9."""
     scores = case.scores(device)
     plain = variance_of(scores.contiguous())
     assert same(variance_of(scores), plain)
@@ -213,10 +225,10 @@ def test_strided_scores_equal_contiguous_ones_bitwise(device, case):
     assert same(*budgets)
 
 
+@pytest.mark.property(57)
 @examples(10)
 @given(CASES)
 def test_reruns_are_bitwise_equal(device, case):
-    """Property 57."""
     scores = case.scores(device)
     assert same(variance_of(scores), variance_of(scores))
 
@@ -224,6 +236,7 @@ def test_reruns_are_bitwise_equal(device, case):
 # --- contracts ----------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.pitfall("masked-counted-as-zeros")
 def test_masked_positions_do_not_count_as_zeros(device):
     """Counted as zeros, they would make the variance a function of the position."""
     row = torch.tensor([1.0, 3.0, -math.inf, -math.inf], device=device)
@@ -254,6 +267,7 @@ def test_a_mean_beyond_float32_is_infinite_as_in_the_reference(device, mean_vari
     )
 
 
+@pytest.mark.pitfall("ema-starts-at-one")
 @examples(20)
 @given(CASES, st.sampled_from((0.0, -1.0, math.nan)))
 def test_an_unset_mean_gives_the_base_budget(device, case, mean_variance):
@@ -284,6 +298,7 @@ def test_extreme_variances_give_the_budgets_of_the_reference(device, rule, varia
     assert same(budget_of(rows, mean, n, **k), gsa_ref.token_budget(rows, mean, n, **k))
 
 
+@pytest.mark.pitfall("length-zero")
 @pytest.mark.parametrize(("B", "L", "S"), [(0, 3, 4), (2, 0, 4), (2, 3, 0), (0, 0, 0)])
 def test_empty_axes_give_empty_or_zero_variances(B, L, S, device):
     variance = variance_of(torch.ones(B, L, S, device=device))
@@ -292,12 +307,14 @@ def test_empty_axes_give_empty_or_zero_variances(B, L, S, device):
     assert same(budget_of(variance, 0.5, n, k_base=2, k_min=1, k_max=3, rule="fixed"), n.clamp(max=2))
 
 
+@pytest.mark.pitfall("large-batch")
 def test_ten_thousand_sequences_in_a_batch(device):
     n = torch.arange(10_000, dtype=torch.int32, device=device)[:, None]
     budget = budget_of(torch.ones(10_000, 1, device=device), 0.5, n, k_base=300, k_min=1, k_max=5000, rule="inverse")
     assert same(budget, n.clamp(max=150))
 
 
+@pytest.mark.pitfall("int32-strides")
 @pytest.mark.parametrize("axis", [0, 1, 2])
 def test_strides_past_two_to_the_31_do_not_wrap(axis, device):
     """Offsets are 64-bit along every axis."""
@@ -306,6 +323,7 @@ def test_strides_past_two_to_the_31_do_not_wrap(axis, device):
     assert same(variance_of(wide), variance_of(scores))
 
 
+@pytest.mark.pitfall("int32-strides")
 @pytest.mark.parametrize("axis", [0, 1])
 def test_strides_of_variances_past_two_to_the_31_do_not_wrap(axis, device):
     variance, n = torch.arange(9.0, device=device).reshape(3, 3), int32([[5, 6, 7]] * 3, device)

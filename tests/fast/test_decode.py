@@ -25,10 +25,10 @@ from gsa_ref.cases import LAYOUTS, DecodeCase, Limits, decode_cases
 from tests.fast.helpers import DTYPES, alone, assert_in_budget, contiguous, examples, int32, same, widely_strided
 from tests.fast.test_layer import CONFIG, build, hidden, run
 from tests.fast.test_streamed import PATTERNS, configuration, inputs
+from tests.strategies import RULES
 
 LIMITS = Limits(B=2, L=3, S=40, heads=2, group=3, width=24)
 CASES = decode_cases("float32", LIMITS)
-RULES = st.sampled_from(("proportional", "inverse", "fixed"))
 NEEDS_CUDA = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 
 
@@ -102,6 +102,8 @@ def assert_exact(arguments: dict[str, Any], config: GSAConfig, mean_variance: fl
 # --- against the equations ----------------------------------------------------------------------------------------
 
 
+@pytest.mark.property(19)
+@pytest.mark.property(37)
 @pytest.mark.usefixtures("bf16")
 @pytest.mark.parametrize("dtype", DTYPES)
 @examples(12)
@@ -131,6 +133,7 @@ SHAPES = [  # L, H_I, d_I, H_kv, group, d_h
 ]
 
 
+@pytest.mark.pitfall("group-sizes")
 @pytest.mark.usefixtures("bf16")
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", SHAPES)
@@ -179,6 +182,7 @@ def test_a_cluster_of_good_keys_hardly_adds_candidates(device):
     assert int(sizes.max()) <= 6  # and the shards share them
 
 
+@pytest.mark.property(29)
 @pytest.mark.parametrize("tiles", ["small", "shipped"])
 def test_nan_scores_rank_last_and_are_selected_by_position_when_nothing_else_is_left(tiles, device):
     arguments = attended(inputs("random", device, B=2, n=2, n_keys=50), device)
@@ -231,6 +235,8 @@ def test_budgets_of_nothing_one_and_everything(device):
 # --- sequences of a batch -----------------------------------------------------------------------------------------
 
 
+@pytest.mark.pitfall("padding-in-the-cache")
+@pytest.mark.property(40)
 @pytest.mark.parametrize("tiles", ["small", "shipped"])
 def test_every_sequence_has_its_own_length_from_empty_to_full(tiles, device):
     arguments = attended(inputs("random", device, B=5, n=2, n_keys=70), device)
@@ -246,10 +252,11 @@ def test_every_sequence_has_its_own_length_from_empty_to_full(tiles, device):
     assert not result.variance[padding].any()
 
 
+@pytest.mark.property(6)
 @examples(6)
 @given(CASES)
 def test_a_sequence_alone_gives_the_same_bits(device, case):
-    """Property 6. Here the batch has more rows than find their bounds in `decode_select_kernel`."""
+    """Here the batch has more rows than find their bounds in `decode_select_kernel`."""
     arguments = arguments_of(case, device)
     with mock.patch.object(decode, "BOUND_ROWS", case.L):
         together = run_case(case, arguments)
@@ -259,10 +266,27 @@ def test_a_sequence_alone_gives_the_same_bits(device, case):
         assert same(one.selection, [x[b : b + 1] for x in together.selection])
 
 
+@pytest.mark.property(5)
+@examples(4)
+@given(CASES, st.integers(1, 2), st.sampled_from((1.0, math.nan)))
+def test_future_perturbation_leaves_earlier_rows_bitwise_equal(device, case, t, noise):
+    """Of three queries in one step, each sees the keys up to its own."""
+    case = dataclasses.replace(case, L=3, S=case.S + 2)
+    start = case.S - case.L
+    arguments = {**contiguous(arguments_of(case, device)), "start": start, "lengths": None}
+    changed = {name: arguments[name].clone() for name in ("q", "k", "v", "q_idx", "k_idx", "head_logits")}
+    for name, x in changed.items():
+        x[:, start + t if name in ("k", "v", "k_idx") else t :] += noise
+    with small_tiles():
+        before, after = run_case(case, arguments), run_case(case, {**arguments, **changed})
+    assert same([x[:, :t] for x in before[:3]], [x[:, :t] for x in after[:3]])
+    assert same([x[:, :t] for x in before.selection], [x[:, :t] for x in after.selection])
+
+
+@pytest.mark.property(57)
 @examples(6)
 @given(CASES)
 def test_reruns_are_bitwise_equal(device, case):
-    """Property 57."""
     arguments = arguments_of(case, device)
     with small_tiles():
         first, again = run_case(case, arguments), run_case(case, arguments)
@@ -270,11 +294,12 @@ def test_reruns_are_bitwise_equal(device, case):
     assert same(first.selection, again.selection)
 
 
+@pytest.mark.property(9)
 @pytest.mark.parametrize("layout", LAYOUTS[1:])
 @examples(4)
 @given(CASES)
 def test_strided_inputs_give_the_bits_of_contiguous_ones(layout, device, case):
-    """Property 9; the margins are NaN."""
+    """The margins are NaN."""
     arguments = arguments_of(dataclasses.replace(case, layout=layout), device)
     with small_tiles():
         strided, plain = run_case(case, arguments), run_case(case, contiguous(arguments))
@@ -282,6 +307,7 @@ def test_strided_inputs_give_the_bits_of_contiguous_ones(layout, device, case):
     assert same(strided.selection, plain.selection)
 
 
+@pytest.mark.pitfall("int32-strides")
 @pytest.mark.parametrize("name", ["k", "v", "k_idx"])
 def test_keys_may_lie_2_to_the_31_elements_apart(name, device):
     arguments = attended(inputs("random", device, n=1, n_keys=3), device, d_h=4)
@@ -294,6 +320,7 @@ def test_keys_may_lie_2_to_the_31_elements_apart(name, device):
     assert same(apart[:3], expected[:3])
 
 
+@pytest.mark.pitfall("padding-in-the-cache")
 @examples(4)
 @given(CASES, st.integers(1, 40))
 def test_a_larger_buffer_selects_the_same_keys(device, case, more):
@@ -317,10 +344,11 @@ def test_a_larger_buffer_selects_the_same_keys(device, case, more):
 # --- values -------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.property(37)
 @examples(6)
 @given(CASES)
 def test_a_nan_reaches_exactly_the_queries_that_selected_it(device, case):
-    """Property 37, the other half; the first half is part of the check."""
+    """The half that the check does not cover: it poisons what nobody selected."""
     arguments = arguments_of(case, device)
     clean = run_case(case, arguments)
     b, s = case.seed % case.B, case.seed % case.S
@@ -436,6 +464,7 @@ def test_a_backward_pass_is_refused(device):
         result.out.sum().backward()
 
 
+@pytest.mark.pitfall("length-zero")
 @pytest.mark.parametrize(("B", "n", "n_keys"), [(0, 1, 5), (2, 0, 5), (2, 1, 0)])
 def test_empty_axes(B, n, n_keys, device):
     config = GSAConfig(H_I=2, d_I=4, k_base=2, k_min=1, k_max=3)
@@ -482,9 +511,10 @@ def test_impl_reference_decodes_as_the_reference_layer(device):
         assert same(*(run(x, h, cache=c) for x, c in zip((layer, reference), caches, strict=True)))
 
 
+@pytest.mark.property(53, 54)
 @pytest.mark.parametrize("chunks", [(1, 2, 3, 8), (8, 1, 7), (9, 6, 4), (5, 5, 5)])
 def test_speculative_chunks_stay_near_one_prefill(chunks, device):
-    """Properties 53 and 54, for hidden states whose scores do not tie; `test_system` has them with exact scores."""
+    """For hidden states whose scores do not tie; `test_system` has exact scores."""
     layer, L = build(CONFIG, device), sum(chunks)
     h = hidden(2, L, device)
     whole = run(layer, h)
@@ -495,6 +525,7 @@ def test_speculative_chunks_stay_near_one_prefill(chunks, device):
     assert torch.allclose(torch.cat(outputs, 1), whole, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.property(55)
 def test_a_compiled_decode_step_equals_the_eager_one_bitwise(device):
     layer = build(CONFIG, device)
     torch._dynamo.reset()

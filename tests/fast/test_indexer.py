@@ -1,4 +1,4 @@
-"""Kernel of the gated lightning indexer (Eq. 7). Numbers in docstrings are those of the list of verified properties."""
+"""Kernel of the gated lightning indexer (Eq. 7)."""
 
 import math
 from typing import Any
@@ -81,18 +81,20 @@ def test_minus_infinity_exactly_where_a_query_may_not_look(device, case):
 # --- properties ---------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.property(1)
 @examples(10)
 @given(CASES)
 def test_scores_lie_between_zero_and_the_number_of_heads(device, case):
-    """Property 1: exactly, because no σ exceeds 1 and sums of ones are exact."""
+    """Exactly, because no σ exceeds 1 and sums of ones are exact."""
     scores = scores_of(all_visible(case, device), case.scale)
     assert ((scores >= 0) & (scores <= case.H_I)).all()
 
 
+@pytest.mark.property(2)
 @examples(10)
 @given(CASES, st.integers(0, 3), st.sampled_from(("head_logits", "bias")))
 def test_scores_rise_with_a_head_weight_and_with_a_bias(device, case, head, name):
-    """Property 2: never down by more than rounding, and up wherever the exact rise exceeds it."""
+    """Never down by more than rounding, and up wherever the exact rise exceeds it."""
     arguments = all_visible(case, device)
     raised = {**arguments, name: arguments[name].clone()}
     raised[name][..., head % case.H_I] += 1
@@ -103,10 +105,10 @@ def test_scores_rise_with_a_head_weight_and_with_a_bias(device, case, head, name
     assert (rise > 0)[after - before > slack].all()
 
 
+@pytest.mark.property(3)
 @examples(10)
 @given(CASES, st.randoms(use_true_random=False))
 def test_a_permutation_of_the_keys_permutes_the_columns(device, case, random):
-    """Property 3."""
     arguments = all_visible(case, device)
     order = random.sample(range(case.S), case.S)
     permuted = {**arguments, "k_idx": arguments["k_idx"][:, order]}
@@ -114,10 +116,10 @@ def test_a_permutation_of_the_keys_permutes_the_columns(device, case, random):
     assert (np.abs(numpy(difference)) <= 2 * gold(permuted, case.scale)[1]).all()
 
 
+@pytest.mark.property(4)
 @examples(10)
 @given(CASES, st.randoms(use_true_random=False))
 def test_a_permutation_of_the_heads_changes_nothing(device, case, random):
-    """Property 4."""
     arguments = all_visible(case, device)
     order = random.sample(range(case.H_I), case.H_I)
     permuted = {
@@ -130,10 +132,10 @@ def test_a_permutation_of_the_heads_changes_nothing(device, case, random):
     assert (np.abs(numpy(difference)) <= 2 * gold(arguments, case.scale)[1]).all()
 
 
+@pytest.mark.property(5)
 @examples(12)
 @given(CASES, st.integers(0, 24), st.sampled_from((1.0, math.inf, math.nan)))
 def test_future_perturbation_leaves_earlier_rows_bitwise_equal(device, case, position, noise):
-    """Property 5."""
     arguments = contiguous(case.arguments(device))
     start = torch.as_tensor(arguments["start"], device=device).reshape(-1, 1)
     late = (start + torch.arange(case.L, device=device)).expand(case.B, case.L) >= position
@@ -145,20 +147,20 @@ def test_future_perturbation_leaves_earlier_rows_bitwise_equal(device, case, pos
     assert same(after[~late], before[~late])
 
 
+@pytest.mark.property(6)
 @examples(10)
 @given(CASES)
 def test_a_batch_slice_equals_the_sequence_alone_bitwise(device, case):
-    """Property 6."""
     arguments = case.arguments(device)
     scores = scores_of(arguments, case.scale)
     for b in range(case.B):
         assert same(scores_of(alone(arguments, b), case.scale)[0], scores[b])
 
 
+@pytest.mark.property(7)
 @examples(8)
 @given(indexer_cases("float32", SEVERAL_TILES))
 def test_scores_do_not_depend_on_the_tiles_they_are_computed_in(device, case):
-    """Property 7."""
     arguments = case.arguments(device)
     whole, tolerance = scores_of(arguments, case.scale), gold(arguments, case.scale)[1]
     with small_tiles():
@@ -168,10 +170,11 @@ def test_scores_do_not_depend_on_the_tiles_they_are_computed_in(device, case):
         assert verdict, verdict
 
 
+@pytest.mark.property(8)
 @examples(10)
 @given(CASES, st.sampled_from((1e5, math.inf)))
 def test_bias_limits_close_and_open_every_head(device, case, bias):
-    """Property 8: b → −∞ gives 0, b → +∞ gives Σ_j σ(head_logits_j)."""
+    """b → −∞ gives 0, b → +∞ gives Σ_j σ(head_logits_j)."""
     arguments = all_visible(case, device)
     arguments["bias"] = torch.full((case.H_I,), -bias, device=device)
     assert not scores_of(arguments, case.scale).any()
@@ -181,18 +184,18 @@ def test_bias_limits_close_and_open_every_head(device, case, bias):
     assert ((scores_of(arguments, case.scale) - expected).abs() <= budget).all()
 
 
+@pytest.mark.property(9)
 @examples(12)
 @given(CASES.filter(lambda case: case.layout != "contiguous"))
 def test_strided_inputs_equal_contiguous_ones_bitwise(device, case):
-    """Property 9."""
     arguments = case.arguments(device)
     assert same(scores_of(arguments, case.scale), scores_of(contiguous(arguments), case.scale))
 
 
+@pytest.mark.property(57)
 @examples(6)
 @given(CASES)
 def test_reruns_are_bitwise_equal(device, case):
-    """Property 57."""
     arguments = case.arguments(device)
     assert same(scores_of(arguments, case.scale), scores_of(arguments, case.scale))
 
@@ -229,6 +232,7 @@ def test_head_logits_and_bias_may_have_dtypes_of_their_own(device, case, dtype):
 # --- bugs that escaped elsewhere ----------------------------------------------------------------------------------
 
 
+@pytest.mark.pitfall("mask-past-46341")
 def test_the_causal_mask_is_right_past_46341_tokens(device, monkeypatch):
     """46,341² is the first square that a 32-bit index cannot hold."""
     monkeypatch.setattr("gsa_fast.indexer.BLOCK_L", 16)  # few, wide tiles, for the interpreter
@@ -245,6 +249,7 @@ def test_the_causal_mask_is_right_past_46341_tokens(device, monkeypatch):
 WIDE = {"q_idx": (3, 3, 3, 3), "k_idx": (3, 3, 3), "head_logits": (3, 3, 3)}
 
 
+@pytest.mark.pitfall("int32-strides")
 @pytest.mark.parametrize(("name", "axis"), [(name, axis) for name, shape in WIDE.items() for axis in range(len(shape))])
 def test_strides_past_two_to_the_31_do_not_wrap(name, axis, device):
     """Offsets are 64-bit along every axis: index · stride reaches 2^31, though both fit into 32 bits."""
@@ -255,6 +260,8 @@ def test_strides_past_two_to_the_31_do_not_wrap(name, axis, device):
     assert same(scores_of({**arguments, name: wide}, 0.5), scores_of(arguments, 0.5))
 
 
+@pytest.mark.pitfall("transposed-input")
+@pytest.mark.property(9)
 def test_a_transposed_key_cache_gives_the_same_scores(device):
     """Keys stored [B, d_I, S]."""
     g = torch.Generator().manual_seed(0)
@@ -264,6 +271,7 @@ def test_a_transposed_key_cache_gives_the_same_scores(device):
     assert same(scores_of({**shared, "k_idx": k_idx.mT}, 0.5), plain)
 
 
+@pytest.mark.pitfall("length-zero")
 @pytest.mark.parametrize(("B", "L", "S"), [(0, 3, 4), (2, 0, 4), (2, 3, 0), (0, 0, 0)])
 @pytest.mark.parametrize("per_sequence", [False, True])
 def test_empty_axes_give_empty_scores(B, L, S, per_sequence, device):
@@ -274,6 +282,7 @@ def test_empty_axes_give_empty_scores(B, L, S, per_sequence, device):
     assert (scores.shape, scores.dtype) == ((B, L, S), torch.float32)
 
 
+@pytest.mark.pitfall("length-zero")
 def test_a_sequence_of_length_zero_sees_nothing_and_disturbs_nobody(device):
     g = torch.Generator().manual_seed(1)
     sizes = {"q_idx": (2, 4, 2, 4), "k_idx": (2, 4, 4), "head_logits": (2, 4, 2), "bias": (2,)}

@@ -104,8 +104,10 @@ def test_impl_auto_on_a_cpu_says_once_that_it_is_the_reference(monkeypatch):
     assert same(output, run(build(CONFIG, "cpu", impl="reference"), h))
 
 
+@pytest.mark.property(52)
+@pytest.mark.pitfall("indexer-never-learns")
 def test_the_warm_up_on_kernels_trains_the_indexer_as_the_reference_does(device):
-    """Property 52: the indexer's parameters get gradients from its loss, and nothing else does."""
+    """The indexer's parameters get gradients from its loss, and nothing else does."""
     layer, h, lengths = build(CONFIG, device).train(), hidden(2, 6, device), int32([6, 4], device)
     reference = gsa_ref.GatedSparseAttention(CONFIG).to(device)
     reference.load_state_dict(layer.state_dict())
@@ -133,9 +135,29 @@ def test_float64_layers_are_refused_by_the_kernels(device):
         run(layer, hidden(1, 3, device).double())
 
 
+@pytest.mark.property(51, 52)
+@examples(3)
+@given(CASES)
+def test_the_indexer_learns_from_its_own_loss_alone_and_nothing_else_does(device, case):
+    layer, arguments = build(case.config, device, seed=case.seed).train(), case.arguments(device)
+    h = arguments["h"].requires_grad_()
+    output = layer(**arguments)
+    output.hidden.square().sum().backward(retain_graph=True)
+    assert h.grad is not None
+    for name, parameter in layer.named_parameters():
+        assert (parameter.grad is None) == name.startswith("indexer."), name
+    layer.zero_grad()
+    h.grad = None
+    output.indexer_loss.backward()
+    assert h.grad is None
+    for name, parameter in layer.named_parameters():
+        assert (parameter.grad is not None) == name.startswith("indexer."), name
+
+
+@pytest.mark.property(47)
 @pytest.mark.parametrize("variant", ["dense", "sparse", "gated", "gsa"])
 def test_parameters_get_the_gradients_of_the_reference(variant, device):
-    """Property 47 through the layer: the gradient of its output, in every parameter but the indexer's."""
+    """Of the layer's output, in every parameter but the indexer's."""
     layer = build(CONFIG.variant(variant), device)
     plain = gsa_ref.GatedSparseAttention(layer.config).to(device)
     plain.load_state_dict(layer.state_dict())
@@ -152,11 +174,14 @@ def test_parameters_get_the_gradients_of_the_reference(variant, device):
 # --- state_dict ---------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.property(56)
 @pytest.mark.parametrize("variant", ["dense", "sparse", "gated", "gsa"])
-def test_parameters_travel_between_the_packages_through_a_file(variant, device):
-    """Property 56: bitwise, both ways, loaded with weights_only."""
-    config = CONFIG.variant(variant)
-    layer, h = build(config, device), hidden(2, 6, device)
+@examples(2)
+@given(CASES)
+def test_parameters_travel_between_the_packages_through_a_file(variant, device, case):
+    """Bitwise, both ways, loaded with weights_only."""
+    config = case.config.variant(variant)
+    layer, h = build(config, device), case.arguments(device)["h"]
     expected = run(layer, h)
     reference = gsa_ref.GatedSparseAttention(config).to(device).eval()
     loaded = build(config, device, seed=1)
@@ -180,18 +205,18 @@ def layer_of(case: LayerCase, device: str) -> gsa_fast.GatedSparseAttention:
     return build(case.config, device, seed=case.seed)
 
 
+@pytest.mark.property(57)
 @examples(4)
 @given(CASES)
 def test_reruns_are_bitwise_equal(device, case):
-    """Property 57."""
     layer, arguments = layer_of(case, device), case.arguments(device)
     assert same(run(layer, **arguments), run(layer, **arguments))
 
 
+@pytest.mark.property(5)
 @examples(5)
 @given(CASES, st.data())
 def test_future_perturbation_leaves_earlier_rows_bitwise_equal(device, case, data):
-    """Property 5."""
     layer, h = layer_of(case, device), case.arguments(device)["h"]
     t = data.draw(st.integers(0, case.L))
     changed = h.clone()
@@ -199,10 +224,12 @@ def test_future_perturbation_leaves_earlier_rows_bitwise_equal(device, case, dat
     assert same(run(layer, h)[:, :t], run(layer, changed)[:, :t])
 
 
+@pytest.mark.property(6)
+@pytest.mark.pitfall("mean-of-the-batch")
 @examples(5)
 @given(CASES)
 def test_a_sequence_does_not_see_its_batch_neighbours(device, case):
-    """Property 6: neither in the attention nor through V̄."""
+    """Neither in the attention nor through V̄."""
     layer, h = layer_of(case, device), case.arguments(device)["h"]
     output = run(layer, h)
     for b in range(case.B):
@@ -250,8 +277,9 @@ def test_training_statistics_count_every_valid_row_once(device):
     assert int(layer.pending_variance_count) == 0
 
 
+@pytest.mark.property(30)
 def test_the_dense_variant_is_the_sparse_one_with_a_budget_of_everything(device):
-    """Property 30 for the layer, in units of what plain PyTorch loses."""
+    """In units of what plain PyTorch loses."""
     config = dataclasses.replace(CONFIG, k_base=40, k_min=40, k_max=40)
     sparse, h = build(config, device), hidden(2, 12, device)
     dense = gsa_ref.GatedSparseAttention(dataclasses.replace(config, sparse=False)).to(device).eval()
@@ -262,6 +290,7 @@ def test_the_dense_variant_is_the_sparse_one_with_a_budget_of_everything(device)
     assert verdict, verdict
 
 
+@pytest.mark.pitfall("length-zero")
 @pytest.mark.parametrize("variant", ["dense", "sparse", "gated", "gsa"])
 @pytest.mark.parametrize(("B", "L"), [(0, 3), (2, 0), (0, 0)])
 def test_empty_axes_give_empty_outputs(variant, B, L, device):

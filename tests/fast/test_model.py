@@ -65,6 +65,7 @@ def record_selections(model: LanguageModel) -> list[Selection]:
 
 
 @torch.no_grad()
+@pytest.mark.pitfall("budget-of-everything")
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_logits_on_the_kernels_are_those_of_the_reference_model(variant, device):
     """Against float64, by what the reference loses in float32; all three must have selected the same tokens."""
@@ -122,10 +123,11 @@ def test_greedy_text_on_the_kernels_is_that_of_the_reference_model(variant, devi
     assert calls == [1] * 2 * 9
 
 
+@pytest.mark.property(56)
 @torch.no_grad()
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_models_of_the_two_packages_load_one_another_through_a_file(variant, device):
-    """Property 56 for the model: bitwise, both ways, loaded with weights_only."""
+    """Bitwise, both ways, loaded with weights_only."""
     source = reference_model(variant, device)
     kernels = LanguageModel(source.config, layer=KERNELS).eval().to(device)
     back = LanguageModel(source.config).eval().to(device)

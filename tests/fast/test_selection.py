@@ -33,6 +33,7 @@ from tests.fast.helpers import (
     same,
     widely_strided,
 )
+from tests.strategies import ROWS_WITH_BUDGETS, SEEDS
 
 # A row costs the interpreter about 12 ms.
 LIMITS = Limits(B=2, L=4, S=24)
@@ -81,10 +82,11 @@ def test_selection_kernel_stays_in_its_error_budget_over_several_tiles(device, c
         assert_in_budget(case, device)
 
 
+@pytest.mark.property(19)
 @examples(10)
 @given(CASES)
 def test_selection_passes_the_exact_certificate(device, case):
-    """Property 19 with ε = 0."""
+    """With ε = 0."""
     scores, budget = case.arguments(device)
     selection = run(case, device)
     for b, t in np.ndindex(case.B, case.L):
@@ -98,37 +100,38 @@ def test_selection_passes_the_exact_certificate(device, case):
         assert certificate, certificate.reason
 
 
+@pytest.mark.property(20)
 @examples(10)
 @given(CASES)
 def test_count_is_the_budget_cut_to_the_row_and_the_width(device, case):
-    """Property 20."""
     scores, budget = case.arguments(device)
     candidates = (scores != -math.inf).sum(-1)
     assert same(run(case, device).counts, torch.minimum(budget, candidates).clamp(0, case.width).int())
 
 
+@pytest.mark.property(21)
 @examples(10)
 @given(CASES)
 def test_no_position_is_selected_twice(device, case):
-    """Property 21."""
     selection = run(case, device)
     assert [[len(s) for s in rows] for rows in as_sets(selection)] == selection.counts.tolist()
 
 
+@pytest.mark.property(22)
 @examples(10)
 @given(CASES)
 def test_no_future_position_is_selected(device, case):
-    """Property 22, with budgets for everything."""
+    """With budgets for everything."""
     scores, budget = case.arguments(device)
     for rows in as_sets(select(scores, torch.full_like(budget, MANY), case.S + 1)):
         for t, chosen in enumerate(rows):
             assert max(chosen, default=-1) <= case.S - case.L + t
 
 
+@pytest.mark.property(23)
 @examples(10)
 @given(CASES)
 def test_minus_one_only_in_the_tail_and_ascending_before_it(device, case):
-    """Property 23."""
     selection = run(case, device)
     selection.validate(n_keys=case.S)
     for rows, counts in zip(selection.indices.tolist(), selection.counts.tolist(), strict=True):
@@ -138,10 +141,10 @@ def test_minus_one_only_in_the_tail_and_ascending_before_it(device, case):
             assert row[n:] == [-1] * (len(row) - n)
 
 
+@pytest.mark.property(24)
 @examples(12)
 @given(st.floats(-1, 1, width=32), st.integers(1, 50), st.integers(0, 60), st.booleans())
 def test_a_row_of_equal_scores_gives_the_lowest_positions(device, value, length, k, small):
-    """Property 24."""
     if small:
         with small_tiles():
             chosen = choose([value] * length, k, device)
@@ -150,10 +153,11 @@ def test_a_row_of_equal_scores_gives_the_lowest_positions(device, value, length,
     assert chosen == list(range(min(k, length)))
 
 
+@pytest.mark.property(25)
 @examples(10)
 @given(CASES)
 def test_a_strictly_monotone_map_of_the_scores_keeps_the_selection(device, case):
-    """Property 25: scores replaced by their rank among the distinct values."""
+    """Scores replaced by their rank among the distinct values."""
     scores, budget = case.arguments(device)
     kept = ~scores.isnan() & (scores != -math.inf)
     ranks = scores.clone()
@@ -161,55 +165,70 @@ def test_a_strictly_monotone_map_of_the_scores_keeps_the_selection(device, case)
     assert same(select(scores, budget, case.width), select(ranks, budget, case.width))
 
 
+@pytest.mark.property(26)
 @examples(10)
 @given(CASES, st.sampled_from(("ties", "constant", "nan")), st.integers(1, 3))
 def test_a_larger_budget_selects_a_superset(device, case, values, more):
-    """Property 26, where it could fail: the budget ends among ties."""
+    """Where it could fail: the budget ends among ties."""
     case = dataclasses.replace(case, values=values)
     scores, budget = case.arguments(device)
     small, large = (as_sets(select(scores, b)) for b in (budget, budget + more))
     assert all(a <= b for rows in zip(small, large, strict=True) for a, b in zip(*rows, strict=True))
 
 
+@pytest.mark.property(27)
 @examples(10)
 @given(CASES, st.integers(1, 4))
 def test_rows_in_chunks_equal_all_rows_at_once(device, case, rows):
-    """Property 27 for given scores."""
     scores, budget = case.arguments(device)
     chunks = [select(scores[:, t : t + rows], budget[:, t : t + rows], case.width) for t in range(0, case.L, rows)]
     assert same(tuple(torch.cat(parts, 1) for parts in zip(*chunks, strict=True)), run(case, device))
 
 
-@pytest.mark.parametrize("k", [1, 2500, 4999])
-def test_more_than_4096_scores_inside_one_float16_step(k, device):
-    """Property 28. A selection by the float16 value, or by a histogram of it, cannot tell these apart."""
-    scores = draw_scores("near", (5000,), torch.Generator().manual_seed(k))
+@pytest.mark.property(28)
+@examples(4)
+@given(SEEDS, st.integers(1, 4999))
+def test_more_than_4096_scores_inside_one_float16_step(device, seed, k):
+    """A selection by the float16 value, or by a histogram of it, cannot tell these apart."""
+    scores = draw_scores("near", (5000,), torch.Generator().manual_seed(seed))
     assert len(scores.half().unique()) <= 2
     expected = sorted(np.argsort(-scores.numpy(), kind="stable")[:k].tolist())
     assert choose(scores, k, device) == expected
 
 
+@pytest.mark.property(29)
+@examples(12)
+@given(ROWS_WITH_BUDGETS)
+def test_special_scores_rank_as_the_numbers_that_they_are(device, row_and_budget):
+    """By the certificate, which compares every selected score with every one that was left out."""
+    row, k = row_and_budget
+    chosen = choose(row, k, device)
+    certificate = topk_certificate(np.array(chosen, np.int64), len(chosen), np.array(row), 0.0, k)
+    assert certificate, certificate.reason
+
+
+@pytest.mark.property(29)
 def test_minus_zero_equals_plus_zero(device):
-    """Property 29."""
     assert choose([-0.0, 0.0, -0.0, 0.0], 2, device) == [0, 1]
     assert choose([0.0, -0.0, 0.0, -0.0], 3, device) == [0, 1, 2]
 
 
+@pytest.mark.property(29)
 def test_denormals_are_not_flushed_to_zero(device):
-    """Property 29."""
     assert choose([0.0, 1e-45, -1e-45, 3e-45], 2, device) == [1, 3]
     assert choose([-1e-45, 0.0, -3e-45], 2, device) == [0, 1]
 
 
+@pytest.mark.property(29)
 def test_infinities_are_ordinary_scores_except_minus_infinity(device):
-    """Property 29."""
     assert choose([1.0, math.inf, -3e38, -math.inf], 1, device) == [1]
     assert choose([1.0, math.inf, -3e38, -math.inf], 4, device) == [0, 1, 2]
     assert choose([math.inf] * 3, 2, device) == [0, 1]
 
 
+@pytest.mark.property(29)
 def test_nan_ranks_last_but_before_nothing(device):
-    """Property 29: a NaN is chosen only when every other candidate is, lowest position first; its sign is ignored."""
+    """A NaN is chosen only when every other candidate is, lowest position first; its sign is ignored."""
     scores = torch.tensor([math.nan, -3e38, -math.inf, math.nan, 5.0])
     scores[0] = torch.tensor(-1, dtype=torch.int32).view(torch.float32)  # every bit set: a negative NaN
     expected = [[], [4], [1, 4], [0, 1, 4], [0, 1, 3, 4], [0, 1, 3, 4]]
@@ -219,6 +238,7 @@ def test_nan_ranks_last_but_before_nothing(device):
 # --- bugs that escaped elsewhere ----------------------------------------------------------------------------------
 
 
+@pytest.mark.pitfall("minus-infinity-lanes")
 @examples(10)
 @given(CASES, st.integers(0, 2**16))
 def test_lanes_at_minus_infinity_are_never_candidates(device, case, seed):
@@ -231,6 +251,7 @@ def test_lanes_at_minus_infinity_are_never_candidates(device, case, seed):
         assert chosen[b][t] == set((scores[b, t] != -math.inf).nonzero()[:, 0].tolist())
 
 
+@pytest.mark.pitfall("ties-at-threshold")
 @examples(15)
 @given(st.integers(2, 300), st.integers(0, 299), st.integers(0, 2**16))
 def test_many_ties_at_the_threshold_are_settled_by_position(device, length, k, seed):
@@ -244,6 +265,7 @@ def test_many_ties_at_the_threshold_are_settled_by_position(device, length, k, s
         assert choose(winner.float(), k, device) == expected
 
 
+@pytest.mark.pitfall("diagonal")
 @examples(8)
 @given(CASES)
 def test_the_diagonal_can_be_selected(device, case):
@@ -256,6 +278,7 @@ def test_the_diagonal_can_be_selected(device, case):
     assert same(selection.indices[..., 0], own.int().expand(case.B, -1))
 
 
+@pytest.mark.pitfall("int32-strides")
 @pytest.mark.parametrize("axis", [0, 1, 2])
 def test_strides_past_two_to_the_31_do_not_wrap(axis, device):
     """Offsets are 64-bit along every axis."""
@@ -281,20 +304,23 @@ def test_default_width_is_the_largest_budget(device, case):
     assert as_sets(selection) == as_sets(wide)
 
 
+@pytest.mark.property(9)
+@pytest.mark.pitfall("transposed-input")
 @examples(8)
 @given(CASES)
 def test_transposed_inputs_give_the_same_selection(device, case):
-    """Property 9, bitwise."""
+    """Bitwise."""
     scores, budget = case.arguments(device)
     plain = select(scores.contiguous(), budget.contiguous(), case.width)
     assert same(select(scores, budget, case.width), plain)
     assert same(select(scores.mT.contiguous().mT, budget.mT.contiguous().mT, case.width), plain)
 
 
+@pytest.mark.property(57)
+@pytest.mark.pitfall("reruns-differ")
 @examples(6)
 @given(CASES)
 def test_reruns_are_bitwise_equal(device, case):
-    """Property 57."""
     assert same(run(case, device), run(case, device))
 
 
@@ -309,6 +335,7 @@ def test_a_budget_above_the_width_is_cut_to_the_width(device):
     assert (selection.indices.tolist(), selection.counts.tolist()) == ([[[4, 5]]], [[2]])
 
 
+@pytest.mark.pitfall("length-zero")
 @pytest.mark.parametrize(("B", "L", "S"), [(0, 3, 4), (2, 0, 4), (2, 3, 0), (0, 0, 0)])
 @pytest.mark.parametrize("width", [None, 5])
 def test_empty_axes_give_empty_selections(B, L, S, width, device):
@@ -330,6 +357,7 @@ def indexed(case: IndexedSelectionCase, arguments: dict[str, Any]) -> tuple[torc
     return *selection, variance
 
 
+@pytest.mark.property(19)
 @pytest.mark.usefixtures("bf16")
 @pytest.mark.parametrize("dtype", DTYPES)
 @examples(12)
@@ -338,6 +366,7 @@ def test_indexed_selection_kernels_stay_in_their_error_budget(dtype, data, devic
     assert_in_budget(data.draw(indexed_selection_cases(dtype, LIMITS)), device)
 
 
+@pytest.mark.property(19)
 @pytest.mark.usefixtures("bf16")
 @pytest.mark.parametrize("dtype", DTYPES)
 @examples(6)
@@ -360,10 +389,11 @@ def test_one_step_equals_scores_variance_budget_and_selection(device, case):
     assert same(Selection(indices, counts), select(scores, budget, min(c.k_max, case.S)))
 
 
+@pytest.mark.property(27)
 @examples(10)
 @given(INDEXED.map(lambda case: dataclasses.replace(case, start=(1,) * case.B, lengths=(case.S,) * case.B)), st.data())
 def test_chunks_equal_one_shot(device, case, data):
-    """Property 27: one row per chunk, with a start and a length of its own for every sequence."""
+    """One row per chunk, with a start and a length of its own for every sequence."""
     B, S = case.B, case.S
     starts, lengths = (tuple(data.draw(st.integers(0, S)) for _ in range(B)) for _ in range(2))
     arguments = dataclasses.replace(case, start=starts, lengths=lengths).arguments(device)
@@ -374,10 +404,11 @@ def test_chunks_equal_one_shot(device, case, data):
             assert same(indexed(case, arguments), whole)
 
 
+@pytest.mark.property(7)
 @examples(8)
 @given(indexed_selection_cases("float32", Limits(B=2, L=4, S=44)))
 def test_indexed_selection_does_not_depend_on_its_tiles(device, case):
-    """Property 7: both runs pass the certificate for their own budgets, which lie in one interval."""
+    """Both runs pass the certificate for their own budgets, which lie in one interval."""
     arguments = case.arguments(device)
     for tiles in (small_tiles(), small_tiles(32)):
         with tiles:
@@ -388,20 +419,21 @@ def test_indexed_selection_does_not_depend_on_its_tiles(device, case):
             assert verdict, verdict
 
 
+@pytest.mark.property(6, 17)
 @examples(8)
 @given(INDEXED)
 def test_a_batch_slice_equals_the_sequence_alone_bitwise(device, case):
-    """Properties 6 and 17."""
     arguments = case.arguments(device)
     whole = indexed(case, arguments)
     for b in range(case.B):
         assert same(indexed(case, alone(arguments, b)), tuple(x[b : b + 1] for x in whole))
 
 
+@pytest.mark.property(5, 17)
 @examples(10)
 @given(INDEXED, st.data())
 def test_future_perturbation_leaves_earlier_rows_bitwise_equal(device, case, data):
-    """Properties 5 and 17: neither the selection nor the budget of a row sees the future."""
+    """Neither the selection nor the budget of a row sees the future."""
     arguments = {**contiguous(case.arguments(device)), "start": case.S - case.L}
     t = data.draw(st.integers(0, case.L))
     changed = {}
@@ -412,18 +444,19 @@ def test_future_perturbation_leaves_earlier_rows_bitwise_equal(device, case, dat
     assert same([x[:, :t] for x in before], [x[:, :t] for x in after])
 
 
+@pytest.mark.property(9)
 @examples(10)
 @given(INDEXED.filter(lambda case: case.layout != "contiguous"))
 def test_strided_inputs_of_indexed_selection_equal_contiguous_ones_bitwise(device, case):
-    """Property 9."""
     arguments = case.arguments(device)
     assert same(indexed(case, arguments), indexed(case, contiguous(arguments)))
 
 
+@pytest.mark.property(57)
+@pytest.mark.pitfall("reruns-differ")
 @examples(6)
 @given(INDEXED)
 def test_reruns_of_indexed_selection_are_bitwise_equal(device, case):
-    """Property 57."""
     arguments = case.arguments(device)
     assert same(indexed(case, arguments), indexed(case, arguments))
 
@@ -441,8 +474,9 @@ def test_padded_sequences_select_below_their_length_only(device, case):
     assert (counts[~padding] > 0).all()
 
 
+@pytest.mark.property(15)
 def test_nearly_constant_scores_do_not_cancel_in_the_fused_variance(device):
-    """Property 15 in the indexer's epilogue: mean ≈ 2, std ≈ 5e-4. Σx² − (Σx)²/n would leave nothing of it."""
+    """In the indexer's epilogue: mean ≈ 2, std ≈ 5e-4. Σx² − (Σx)²/n would leave nothing of it."""
     g = torch.Generator().manual_seed(0)
     sizes = {"q_idx": (1, 2, 4, 16), "k_idx": (1, 200, 16), "head_logits": (1, 2, 4)}
     arguments: dict[str, Any] = {name: torch.randn(shape, generator=g).to(device) for name, shape in sizes.items()}
@@ -474,6 +508,7 @@ def test_statistics_of_more_tiles_than_one_program_merges_at_a_time(device, monk
         assert verdict, verdict
 
 
+@pytest.mark.pitfall("length-zero")
 @pytest.mark.parametrize(("B", "L", "S"), [(0, 3, 4), (2, 0, 4), (2, 3, 0), (0, 0, 0)])
 @pytest.mark.parametrize("per_sequence", [False, True])
 def test_empty_axes_give_empty_indexed_selections(B, L, S, per_sequence, device):
@@ -488,6 +523,7 @@ def test_empty_axes_give_empty_indexed_selections(B, L, S, per_sequence, device)
     assert same(variance, torch.zeros(B, L, device=device))
 
 
+@pytest.mark.pitfall("all-pairs-in-memory")
 def test_indexed_selection_never_allocates_as_much_as_all_scores(device, monkeypatch):
     """Its contract: chunks of CHUNK_BYTES, never an L×S array. Every allocation is seen by the profiler."""
     monkeypatch.setattr("gsa_fast.selection.shortlist_plan", lambda *_: None)

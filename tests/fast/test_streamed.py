@@ -29,6 +29,7 @@ from gsa_ref import GSAConfig, Selection, equations
 from gsa_ref.cases import Limits, indexed_selection_cases
 from gsa_ref.check import variance_interval
 from tests.fast.helpers import DTYPES, alone, examples, int32, same, widely_strided
+from tests.strategies import RULES
 
 # 300 keys are 10 tiles and 5 spans, sampled one by 16; a chunk holds 4 rows, or the samples of 3.
 L, S = 6, 300
@@ -48,7 +49,6 @@ PATTERNS = (
     "random", "rising", "falling", "periodic", "constant", "two values", "outlier", "window", "start", "clusters"
 )  # fmt: skip
 MODES = st.sampled_from((False, True))  # whether σ is approximate
-RULES = st.sampled_from(("proportional", "inverse", "fixed"))
 
 
 @contextmanager
@@ -353,6 +353,7 @@ NEUTRAL: tuple[dict[str, Any], ...] = (
 )
 
 
+@pytest.mark.property(7)
 @pytest.mark.parametrize("changed", NEUTRAL, ids=str)
 def test_chunks_splits_capacities_and_luck_change_nothing_bitwise(changed, device):
     """Rows that are not computed again are bitwise the same."""
@@ -379,6 +380,7 @@ def test_spans_change_the_variance_within_its_interval_only(span, device):
         assert_right(result, arguments, config, 0.02)
 
 
+@pytest.mark.property(19)
 @examples(4)
 @given(seed=st.integers(0, 2**16), pattern=st.sampled_from(("random", "two values", "constant")), approximate=MODES)
 def test_thresholds_never_decide_what_is_selected(device, seed, pattern, approximate):
@@ -402,19 +404,21 @@ def test_thresholds_never_decide_what_is_selected(device, seed, pattern, approxi
         assert_right(result, arguments, config, approximate=approximate)
 
 
+@pytest.mark.property(57)
+@pytest.mark.pitfall("reruns-differ")
 @examples(3)
 @given(indexed_selection_cases("float32", Limits(B=2, L=6, S=60)))
 def test_reruns_are_bitwise_equal(device, case):
-    """Property 57."""
     arguments = case.arguments(device)
     with small_tiles():
         results = [run(arguments, case.config, mean_variance=case.mean_variance, plan=Plan(4, 32)) for _ in range(2)]
     assert same(results[0].tensors, results[1].tensors)
 
 
+@pytest.mark.property(6, 17)
 @pytest.mark.parametrize("pattern", ["random", "clusters"])
 def test_a_batch_slice_equals_the_sequence_alone_bitwise(pattern, device):
-    """Properties 6 and 17, though the batch decides how many rows a chunk has and into how many splits they fall."""
+    """Although the batch decides how many rows a chunk has and into how many splits they fall."""
     arguments = inputs(pattern, device, B=3)
     arguments.update(start=int32([S - L, 150, 2], device), lengths=int32([S, 153, 300], device))
     config = configuration(arguments)
@@ -448,10 +452,11 @@ def test_the_stored_path_selects_the_same_up_to_rounding(approximate, device):
 # --- what a row may look like -------------------------------------------------------------------------------------
 
 
+@pytest.mark.property(12, 24)
 @pytest.mark.parametrize("value", [-3.0, 0.5, 100.0])
 @pytest.mark.parametrize("approximate", [False, True])
 def test_equal_scores_have_variance_zero_and_give_the_lowest_positions(value, approximate, device):
-    """Property 24, exactly, from a sample and with ties past the tile of the last one needed."""
+    """Exactly, from a sample and with ties past the tile of the last one needed."""
     arguments = inputs("constant", device)
     arguments["k_idx"][..., 0] = value
     config = configuration(arguments)
@@ -463,9 +468,10 @@ def test_equal_scores_have_variance_zero_and_give_the_lowest_positions(value, ap
     assert result.selection.counts.tolist() == [[8] * L]
 
 
+@pytest.mark.property(5)
 @pytest.mark.parametrize("approximate", [False, True])
 def test_rows_that_see_a_nan_key_are_redone_and_rows_before_it_stay_bitwise_the_same(approximate, device):
-    """Property 5. A NaN among the keys makes the variance NaN, so no such row trusts its shortlist."""
+    """A NaN among the keys makes the variance NaN, so no such row trusts its shortlist."""
     n, first = 12, S - 12 + 7
     arguments = inputs("random", device, n=n)
     config = configuration(arguments)
@@ -579,6 +585,7 @@ def test_more_heads_or_channels_than_fit_take_stored_scores(H_I, d_I, device, mo
         assert verdict, verdict
 
 
+@pytest.mark.pitfall("int32-strides")
 @pytest.mark.parametrize("axis", [0, 1, 2])
 @pytest.mark.parametrize("name", ["q_idx", "k_idx", "head_logits"])
 def test_strides_past_two_to_the_31_do_not_wrap(name, axis, device):
@@ -712,9 +719,10 @@ def test_launch_returns_how_many_rows_were_computed_again(device):
 # --- statistics ---------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.property(15)
 @pytest.mark.parametrize("pattern", ["random", "rising", "outlier", "window"])
 def test_running_moments_do_not_cancel_where_the_mean_is_far_above_the_spread(pattern, device):
-    """Property 15: mean ≈ 1, deviations ≈ 1e-5, also where the scores drift from tile to tile."""
+    """Mean ≈ 1, deviations ≈ 1e-5, also where the scores drift from tile to tile."""
     arguments = inputs(pattern, device, n=2)
     arguments["q_idx"] *= 2e-5
     arguments["head_logits"] += 20
@@ -763,6 +771,7 @@ def test_the_reference_takes_both_sigmoid_modes_and_is_exact(device):
 # --- memory -------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.pitfall("all-pairs-in-memory")
 @pytest.mark.parametrize("B", [1, 2])
 def test_streamed_selection_never_allocates_more_than_a_chunk(B, device):
     """Shortlists in CHUNK_BYTES, samples in SAMPLE_BYTES, the rest small. Every allocation is seen by the profiler."""

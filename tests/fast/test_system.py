@@ -107,11 +107,12 @@ class Recorded:
 # --- decoding -----------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.property(53)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 @examples(5)
 @given(data=st.data())
 def test_decoding_token_by_token_equals_prefill(dtype, data, device):
-    """Property 53: the same selections, bitwise, and outputs within the error budget of one prefill."""
+    """The same selections, bitwise, and outputs within the error budget of one prefill."""
     model = Recorded(data.draw(CONFIGS), data.draw(st.integers(0, 2**16)), device, dtype)
     B, L, prompt = data.draw(st.integers(1, 2)), 10, data.draw(st.integers(0, 8))
     h = model.hidden(B, L, data.draw(st.integers(0, 2**16)))
@@ -126,10 +127,11 @@ def test_decoding_token_by_token_equals_prefill(dtype, data, device):
     assert model.in_budget(torch.cat(outputs, 1), h, expected)
 
 
+@pytest.mark.property(54)
 @examples(4)
 @given(CONFIGS, st.integers(0, 2**16), st.lists(st.integers(0, 5), min_size=1, max_size=4))
 def test_prefill_in_chunks_equals_one_prefill(device, config, seed, chunks):
-    """Property 54; a chunk may be empty."""
+    """A chunk may be empty."""
     model = Recorded(config, seed, device)
     B, L = 2, 9
     h = model.hidden(B, L, seed)
@@ -144,6 +146,8 @@ def test_prefill_in_chunks_equals_one_prefill(device, config, seed, chunks):
     assert model.in_budget(torch.cat(outputs, 1), h, expected)
 
 
+@pytest.mark.pitfall("padding-in-the-cache")
+@pytest.mark.property(54)
 @examples(4)
 @given(CONFIGS, st.integers(0, 2**16), st.data())
 def test_right_padded_chunks_give_every_sequence_its_own_prefill(device, config, seed, data):
@@ -174,6 +178,7 @@ def test_right_padded_chunks_give_every_sequence_its_own_prefill(device, config,
         assert model.in_budget(torch.cat(outputs[b])[None], one, expected)
 
 
+@pytest.mark.pitfall("decode-sees-new-token-only")
 def test_a_decoded_token_attends_to_the_prompt(device):
     """A cache without indexer keys would score the new token only; a peer's returns exactly 0 here."""
     model = Recorded(CONFIG, 0, device)
@@ -190,6 +195,7 @@ def test_a_decoded_token_attends_to_the_prompt(device):
     assert not same(*outputs)
 
 
+@pytest.mark.pitfall("length-zero")
 @pytest.mark.parametrize(("B", "L"), [(0, 3), (2, 0)])
 def test_empty_batches_and_empty_chunks_go_through_a_cache(B, L, device):
     model = Recorded(CONFIG, 0, device)
@@ -393,10 +399,11 @@ def test_a_decode_step_does_not_read_the_bound_of_the_host(device):
 # --- torch.compile ------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.property(55)
 @pytest.mark.parametrize("variant", ["dense", "sparse", "gated", "gsa"])
 @pytest.mark.parametrize("padded", [False, True])
 def test_the_compiled_layer_equals_the_eager_one_bitwise(variant, padded, device):
-    """Property 55: one graph, without a break."""
+    """One graph, without a break."""
     torch.manual_seed(0)
     layer = gsa_fast.GatedSparseAttention(CONFIG.variant(variant), impl="triton").to(device).eval()
     h = torch.randn(2, 8, CONFIG.d, generator=torch.Generator().manual_seed(0)).to(device)

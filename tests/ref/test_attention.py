@@ -15,8 +15,8 @@ from gsa_ref.cases import AttentionCase, Limits, attention_cases, random_selecti
 from gsa_ref.check import gamma, unit_roundoff
 from tests.ref import oracle
 from tests.ref.oracle import close
+from tests.strategies import SEEDS
 
-SEEDS = st.integers(0, 2**16)
 FACTORS = st.sampled_from((-3.7, -1.0, 0.0, 0.3, 2.5))
 CASES = attention_cases("float32", Limits(B=3))
 CASES64 = attention_cases("float64", Limits(B=3))
@@ -76,9 +76,10 @@ def test_scale_is_a_factor_on_the_logits(case, scale):
     assert close(lse, gold_lse, lse_tolerance)
 
 
+@pytest.mark.property(30)
 @given(PLAIN64)
 def test_a_budget_of_everything_equals_dense_causal_attention(case):
-    """Property 30, against PyTorch's own SDPA."""
+    """Against PyTorch's own SDPA."""
     arguments = case.arguments()
     arguments["selection"] = full(case.B, case.L, case.S)
     q, k, v = (arguments[name].transpose(1, 2) for name in ("q", "k", "v"))
@@ -102,9 +103,10 @@ def test_any_selection_equals_masked_dense_attention(case):
     assert close(out[rows], expected[rows], 2 * oracle.attention_tolerance(arguments)[0])
 
 
+@pytest.mark.property(31)
 @given(PLAIN64)
 def test_output_stays_inside_the_range_of_the_selected_values(case):
-    """Property 31, per channel."""
+    """Per channel."""
     arguments = case.arguments()
     out, _ = sparse_attention(**arguments)
     v = arguments["v"].repeat_interleave(case.group, 2)[:, None]  # [B, 1, S, H, d_h]
@@ -114,9 +116,10 @@ def test_output_stays_inside_the_range_of_the_selected_values(case):
     assert ((low - slack <= out) & (out <= high + slack))[rows].all()
 
 
+@pytest.mark.property(32)
 @given(PLAIN64, FACTORS)
 def test_equal_values_come_out_unchanged(case, value):
-    """Property 32: the probabilities of a row add up to 1."""
+    """The probabilities of a row add up to 1."""
     arguments = case.arguments()
     arguments["v"] = torch.full_like(arguments["v"], value)
     rows = filled(case, arguments["selection"]).any(-1)
@@ -124,9 +127,10 @@ def test_equal_values_come_out_unchanged(case, value):
     assert ((out - value).abs()[rows] <= gamma(2 * case.width + 8, 2.0**-53) * abs(value)).all()
 
 
+@pytest.mark.property(33)
 @given(CASES64, SEEDS)
 def test_the_order_of_the_slots_changes_nothing(case, seed):
-    """Property 33. The contract wants ascending slots; the reference does not need it."""
+    """The contract wants ascending slots; the reference does not need it."""
     arguments = case.arguments()
     selection = arguments["selection"]
     key = torch.rand(selection.indices.shape, generator=torch.Generator().manual_seed(seed))
@@ -138,9 +142,10 @@ def test_the_order_of_the_slots_changes_nothing(case, seed):
     assert close(lse, expected_lse, 2 * lse_tolerance)
 
 
+@pytest.mark.property(34)
 @given(BOTH, st.sampled_from((-2.0, 0.5, 4.0)))
 def test_a_factor_on_q_cancels_its_inverse_on_the_scale(case, a):
-    """Property 34: bitwise, because a is a power of two."""
+    """Bitwise, because a is a power of two."""
     arguments = case.arguments()
     plain = sparse_attention(**arguments, scale=0.25)
     scaled = sparse_attention(**{**arguments, "q": arguments["q"] * a}, scale=0.25 / a)
@@ -148,9 +153,10 @@ def test_a_factor_on_q_cancels_its_inverse_on_the_scale(case, a):
     assert torch.equal(plain[1], scaled[1])
 
 
+@pytest.mark.property(35)
 @given(PLAIN64, st.data())
 def test_two_parts_of_a_selection_merge_by_their_lse(case, data):
-    """Property 35: out = Σ_i e^(lse_i − lse) out_i, the rule that split decoding relies on."""
+    """out = Σ_i e^(lse_i − lse) out_i, the rule that split decoding relies on."""
     arguments = case.arguments()
     (whole, whole_lse), (indices, counts) = sparse_attention(**arguments), arguments["selection"]
     cut = data.draw(st.integers(0, case.width))
@@ -164,9 +170,9 @@ def test_two_parts_of_a_selection_merge_by_their_lse(case, data):
     assert close(merged, whole, 3 * out_tolerance + 2 * lse_tolerance * float(arguments["v"].abs().max()))
 
 
+@pytest.mark.property(36)
 @given(PLAIN64, FACTORS, FACTORS)
 def test_output_is_linear_in_the_values(case, a, b):
-    """Property 36."""
     arguments = case.arguments()
     v = arguments["v"], arguments["v"].flip(1) + 1
     outs = [sparse_attention(**{**arguments, "v": x})[0] for x in v]
@@ -176,9 +182,10 @@ def test_output_is_linear_in_the_values(case, a, b):
     assert close(sparse_attention(**mixed)[0], a * outs[0] + b * outs[1], tolerance)
 
 
+@pytest.mark.property(37)
 @given(BOTH, st.sampled_from((math.nan, math.inf, -math.inf)))
 def test_nan_in_unselected_keys_and_values_changes_nothing(case, poison):
-    """Property 37: bitwise."""
+    """Bitwise."""
     arguments = oracle.contiguous(case.arguments())
     out, lse = sparse_attention(**arguments)
     for b in range(case.B):
@@ -193,9 +200,10 @@ def test_nan_in_unselected_keys_and_values_changes_nothing(case, poison):
         assert torch.equal(lse, after[1])
 
 
+@pytest.mark.property(37)
 @given(BOTH, st.data())
 def test_nan_in_a_selected_value_reaches_exactly_the_queries_that_selected_it(case, data):
-    """The other half of property 37."""
+    """The other half of the property: what is selected does count."""
     arguments = case.arguments()
     b, s = data.draw(st.integers(0, case.B - 1)), data.draw(st.integers(0, case.S - 1))
     arguments["v"] = arguments["v"].clone()
@@ -208,9 +216,11 @@ def test_nan_in_a_selected_value_reaches_exactly_the_queries_that_selected_it(ca
     assert not lse.isnan().any()
 
 
+@pytest.mark.property(38)
+@pytest.mark.pitfall("group-sizes")
 @given(PLAIN64)
 def test_grouped_heads_equal_repeated_key_value_heads(case):
-    """Property 38: query head h reads key/value head ⌊h / group⌋."""
+    """Query head h reads key/value head ⌊h / group⌋."""
     arguments = case.arguments()
     repeated = {name: arguments[name].repeat_interleave(case.group, 2) for name in ("k", "v")}
     out_tolerance, lse_tolerance = oracle.attention_tolerance(arguments)
@@ -222,9 +232,10 @@ def test_grouped_heads_equal_repeated_key_value_heads(case):
     assert close(lse, expected_lse, 2 * lse_tolerance)
 
 
+@pytest.mark.property(39)
 @given(BOTH, SEEDS)
 def test_one_slot_gives_that_value_and_its_logit(case, seed):
-    """Property 39: the value exactly, because softmax of one number is 1."""
+    """The value exactly, because softmax of one number is 1."""
     arguments = case.arguments()
     arguments.update(value_gate_logits=None, output_gate_logits=None)
     position = torch.arange(case.L) + case.S - case.L
@@ -238,9 +249,11 @@ def test_one_slot_gives_that_value_and_its_logit(case, seed):
     assert close(lse, logits, oracle.attention_tolerance(arguments)[1])
 
 
+@pytest.mark.property(40)
+@pytest.mark.pitfall("rows-without-a-key")
 @given(BOTH)
 def test_an_empty_row_gives_zero_and_minus_infinity(case):
-    """Property 40: exactly, and nothing else gives it."""
+    """Exactly, and nothing else gives it."""
     arguments = case.arguments()
     empty = ~filled(case, arguments["selection"]).any(-1)
     out, lse = sparse_attention(**arguments)
@@ -248,9 +261,10 @@ def test_an_empty_row_gives_zero_and_minus_infinity(case):
     assert torch.equal(lse == -math.inf, empty[..., None].expand_as(lse))
 
 
+@pytest.mark.property(41)
 @given(PLAIN64)
 def test_a_shift_of_all_keys_leaves_the_output_and_shifts_lse(case):
-    """Property 41: lse moves by scale·q·c."""
+    """lse moves by scale·q·c."""
     arguments = case.arguments()
     c = torch.linspace(-1, 1, case.d_h, dtype=torch.float64)
     shifted = {**arguments, "k": arguments["k"] + c}
@@ -260,6 +274,7 @@ def test_a_shift_of_all_keys_leaves_the_output_and_shifts_lse(case):
     assert close(after_lse, lse + case.d_h**-0.5 * (arguments["q"] @ c), 3 * lse_tolerance)
 
 
+@pytest.mark.pitfall("minus-one-in-prefix")
 @given(attention_cases("float64", Limits(B=3)).map(lambda case: dataclasses.replace(case, pattern="holes")))
 def test_minus_one_and_future_positions_inside_the_prefix_are_empty_slots(case):
     """The selection without them gives the same; a kernel that stops at the first −1 loses the slots behind it."""
@@ -277,6 +292,7 @@ def test_minus_one_and_future_positions_inside_the_prefix_are_empty_slots(case):
     assert close(lse, expected_lse, 2 * lse_tolerance)
 
 
+@pytest.mark.pitfall("empty-first-tile")
 @pytest.mark.parametrize("slots", [[-1, 0, 2], [-1, -1, 1], [2**31 - 1, 1, -(2**31)], [3, 3, 0]])
 def test_slots_before_the_first_legal_one_may_be_empty(slots):
     """A fully masked first tile: the running maximum is still −∞ when the first logit comes."""
@@ -322,9 +338,28 @@ def test_every_sequence_has_its_own_start(case):
     assert close(lse, gold_lse, lse_tolerance)
 
 
+@pytest.mark.property(5)
+@given(BOTH, st.data(), st.sampled_from((1.0, math.nan)))
+def test_future_perturbation_leaves_earlier_rows_bitwise_equal(case, data, noise):
+    """Also where a selection names future positions: they are empty slots."""
+    arguments = oracle.contiguous(case.arguments())
+    t = data.draw(st.integers(0, case.L))
+    indices, counts = arguments["selection"]
+    own = torch.arange(case.L)[:, None] + case.S - case.L
+    ahead = data.draw(st.integers(0, case.L))
+    arguments["selection"] = Selection((indices + (indices == own) * ahead).int(), counts)
+    changed = {name: arguments[name].clone() for name in ("q", "k", "v")}
+    for name, x in changed.items():
+        x[:, t if name == "q" else case.S - case.L + t :] += noise
+    before, after = sparse_attention(**arguments), sparse_attention(**{**arguments, **changed})
+    for x, y in zip(before, after, strict=True):
+        assert torch.equal(x[:, :t], y[:, :t])
+
+
+@pytest.mark.property(6)
 @given(BOTH)
 def test_a_batch_slice_does_not_see_its_neighbours(case):
-    """Property 6: bitwise when only the neighbours' values change, within rounding when they are gone."""
+    """Bitwise when only the neighbours' values change, within rounding when they are gone."""
     arguments = oracle.contiguous(case.arguments())
     out, _ = sparse_attention(**arguments)
     tolerance = 2 * oracle.attention_tolerance(arguments)[0]
@@ -338,9 +373,10 @@ def test_a_batch_slice_does_not_see_its_neighbours(case):
         assert close(sparse_attention(**oracle.alone(arguments, b))[0][0], out[b], tolerance)
 
 
+@pytest.mark.property(9)
 @given(BOTH)
 def test_strided_inputs_equal_contiguous_ones(case):
-    """Property 9: values within rounding, because a transposed product may add in another order."""
+    """Values within rounding, because a transposed product may add in another order."""
     arguments = case.arguments()
     (out, lse), (plain_out, plain_lse) = sparse_attention(**arguments), sparse_attention(**oracle.contiguous(arguments))
     out_tolerance, lse_tolerance = oracle.attention_tolerance(arguments)
@@ -348,6 +384,8 @@ def test_strided_inputs_equal_contiguous_ones(case):
     assert close(lse, plain_lse, 2 * lse_tolerance)
 
 
+@pytest.mark.pitfall("transposed-input")
+@pytest.mark.property(9)
 @given(BOTH)
 def test_transposed_inputs_are_read_by_their_strides(case):
     """Tensors stored [batch, heads, length, width], as most libraries have them."""
@@ -357,15 +395,16 @@ def test_transposed_inputs_are_read_by_their_strides(case):
     assert close(sparse_attention(**{**arguments, **transposed})[0], sparse_attention(**arguments)[0], tolerance)
 
 
+@pytest.mark.property(57)
 @given(BOTH)
 def test_reruns_are_bitwise_equal(case):
-    """Property 57."""
     arguments = case.arguments()
     (out, lse), (again, lse_again) = sparse_attention(**arguments), sparse_attention(**arguments)
     assert torch.equal(out, again)
     assert torch.equal(lse, lse_again)
 
 
+@pytest.mark.pitfall("length-zero")
 @pytest.mark.parametrize(("B", "L", "S", "K"), [(0, 3, 4, 2), (2, 0, 4, 2), (2, 3, 0, 2), (2, 3, 4, 0), (0, 0, 0, 0)])
 def test_empty_axes_give_empty_rows(B, L, S, K):
     q, k = torch.ones(B, L, 4, 2), torch.ones(B, S, 2, 2)
@@ -378,6 +417,7 @@ def test_empty_axes_give_empty_rows(B, L, S, K):
     assert dense_attention(q, k, k).shape == (B, L, 4, 2)
 
 
+@pytest.mark.pitfall("large-batch")
 def test_ten_thousand_sequences_in_a_batch():
     v = torch.arange(20_000.0).reshape(10_000, 2, 1, 1)
     selection = Selection(torch.ones(10_000, 1, 1, dtype=torch.int32), torch.ones(10_000, 1, dtype=torch.int32))
@@ -421,9 +461,10 @@ def attend(selection: Selection, inputs: Any) -> tuple[torch.Tensor, torch.Tenso
     return sparse_attention(q, k, v, selection, **dict(zip(names, gates, strict=False)))
 
 
+@pytest.mark.property(46)
 @given(SEEDS, st.booleans())
 def test_gradients_match_finite_differences(seed, gates):
-    """Property 46: of the output and of lse, for every input; rows without a key included."""
+    """Of the output and of lse, for every input; rows without a key included."""
     selection, inputs = small_problem(seed, gates)
 
     def function(*inputs: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -433,6 +474,7 @@ def test_gradients_match_finite_differences(seed, gates):
     assert torch.autograd.gradcheck(function, inputs, fast_mode=True)
 
 
+@pytest.mark.pitfall("nan-in-the-backward-pass")
 @given(CASES64)
 def test_gradients_are_finite_and_empty_rows_get_none(case):
     arguments = case.arguments()
@@ -445,9 +487,11 @@ def test_gradients_are_finite_and_empty_rows_get_none(case):
     assert not leaves["q"].grad[empty].any()
 
 
+@pytest.mark.property(37)
+@pytest.mark.pitfall("nan-in-the-backward-pass")
 @given(CASES64)
 def test_nan_in_unselected_keys_and_values_reaches_no_gradient(case):
-    """Property 37 for the backward pass, gates included."""
+    """Gates included."""
     arguments = oracle.contiguous(case.arguments())
     unselected = ~filled(case, arguments["selection"]).any(1)
     gradients = []
@@ -461,9 +505,10 @@ def test_nan_in_unselected_keys_and_values_reaches_no_gradient(case):
     assert all(torch.equal(clean, poisoned) for clean, poisoned in zip(*gradients, strict=True))
 
 
+@pytest.mark.property(48)
 @given(SEEDS, FACTORS, FACTORS)
 def test_the_backward_pass_is_linear_in_its_input(seed, a, b):
-    """Property 48, and a zero gradient of the output gives exactly zero."""
+    """A zero gradient of the output gives exactly zero."""
     selection, inputs = small_problem(seed, gates=True)
     out, _ = attend(selection, inputs)
     g = torch.Generator().manual_seed(seed + 1)
@@ -479,9 +524,10 @@ def test_the_backward_pass_is_linear_in_its_input(seed, a, b):
     assert not any(gradient.any() for gradient in backward(torch.zeros_like(out)))
 
 
+@pytest.mark.property(49)
 @given(CASES64)
 def test_never_selected_keys_and_values_get_exactly_no_gradient(case):
-    """Property 49; and selected values do get one."""
+    """Selected values do get one."""
     arguments = case.arguments()
     k, v = (arguments[name].clone().requires_grad_() for name in ("k", "v"))
     out, lse = sparse_attention(**{**arguments, "k": k, "v": v})
@@ -492,9 +538,10 @@ def test_never_selected_keys_and_values_get_exactly_no_gradient(case):
     assert v.grad[selected].flatten(1).any(1).all()
 
 
+@pytest.mark.property(50)
 @given(SEEDS)
 def test_the_gradient_of_the_logits_of_a_row_adds_up_to_that_of_lse(seed):
-    """Property 50: a common shift of a row's logits moves lse by as much, and the output not at all.
+    """A common shift of a row's logits moves lse by as much, and the output not at all.
 
     All keys are one-hot in a channel of their own here, so that ∂/∂q[t, s] is ∂/∂S[t, s].
     """
@@ -510,8 +557,9 @@ def test_the_gradient_of_the_logits_of_a_row_adds_up_to_that_of_lse(seed):
         assert close(gradient.sum(-1), expected, budget)
 
 
+@pytest.mark.property(51)
 def test_no_gradient_flows_through_the_selection():
-    """Property 51: scores that decided the selection get none."""
+    """Scores that decided the selection get none."""
     scores = torch.randn(1, 4, 4, requires_grad=True)
     q = torch.randn(1, 4, 1, 2, requires_grad=True)
     selection = select_tokens(scores, torch.full((1, 4), 2, dtype=torch.int32))

@@ -12,10 +12,9 @@ from gsa_ref import equations, score_variance, token_budget
 from gsa_ref.cases import BudgetCase, Limits, budget_cases
 from gsa_ref.check import budget_interval, gamma, variance_interval
 from tests.ref import oracle
+from tests.strategies import RULES, SEEDS
 
 CASES = budget_cases("float32", Limits(B=3))
-SEEDS = st.integers(0, 2**16)
-RULES = st.sampled_from(("proportional", "inverse", "fixed"))
 
 
 def sizes(case: BudgetCase) -> dict[str, object]:
@@ -86,27 +85,29 @@ def test_float32_budget_lies_in_the_interval_of_the_equations(case):
         assert ((low <= budget[b]) & (budget[b] <= high)).all()
 
 
+@pytest.mark.property(10)
 @given(CASES)
 def test_budget_lies_between_the_bounds_cut_to_the_row(case):
-    """Property 10: min(k_min, n) ≤ k ≤ min(k_max, n)."""
+    """min(k_min, n) ≤ k ≤ min(k_max, n)."""
     n = n_valid(case)
     budget = token_budget(score_variance(case.scores()), case.mean_variance, n, **sizes(case))
     assert (budget >= n.clamp(max=case.k_min)).all()
     assert (budget <= n.clamp(max=case.k_max)).all()
 
 
+@pytest.mark.property(11)
 @given(budget_cases("float32", Limits(L=40, S=60)))
 def test_a_row_shorter_than_the_smallest_budget_takes_everything(case):
-    """Property 11."""
     n = n_valid(case)
     budget = token_budget(score_variance(case.scores()), case.mean_variance, n, **sizes(case))
     short = n < case.k_min
     assert torch.equal(budget[short], n[short])
 
 
+@pytest.mark.property(12)
 @given(st.floats(-4, 4, width=32), st.integers(1, 300), RULES, st.sampled_from((0.0, 1e-4, 1.0)))
 def test_a_constant_row_has_no_variance_and_a_defined_budget(value, length, rule, mean_variance):
-    """Property 12: k_min for the proportional rule, k_max for the inverse one, k_base if V̄ is unset."""
+    """k_min for the proportional rule, k_max for the inverse one, k_base if V̄ is unset."""
     scores = torch.full((1, 1, length), value)
     variance = score_variance(scores)
     assert 0 <= float(variance) <= (2 * gamma(length) * abs(value)) ** 2
@@ -116,22 +117,25 @@ def test_a_constant_row_has_no_variance_and_a_defined_budget(value, length, rule
     assert int(budget) == min(expected, length)
 
 
+@pytest.mark.property(13)
 @given(CASES, st.sampled_from((-1000.0, -1.0, 0.25, 3.0, 4096.0)))
 def test_adding_a_constant_leaves_the_variance(case, c):
-    """Property 13: the scores are rounded to multiples of 2^−8 first, so that the sum itself is exact."""
+    """The scores are rounded to multiples of 2^−8 first, so that the sum itself is exact."""
     scores = (case.scores() * 256).round() / 256
     scores = scores.where(scores.abs() < 4096, scores.masked_fill(scores > -math.inf, 0.0))
     assert inside_interval(score_variance(scores + c), gold_variance(scores), scores + c)
 
 
+@pytest.mark.property(14)
 @given(CASES, st.sampled_from((-4.0, -1.0, 0.5, 2.0, 64.0)))
 def test_scaling_the_scores_scales_the_variance_by_the_square(case, a):
-    """Property 14: bitwise, because a is a power of two."""
+    """Bitwise, because a is a power of two."""
     scores = case.scores().contiguous()
     scaled = torch.where(scores == -math.inf, scores, a * scores)
     assert torch.equal(score_variance(scaled), a * a * score_variance(scores))
 
 
+@pytest.mark.property(15)
 @given(
     SEEDS,
     st.sampled_from((0.0, 1.0, 1000.0)),
@@ -140,7 +144,7 @@ def test_scaling_the_scores_scales_the_variance_by_the_square(case, a):
     st.sampled_from((16, 64)),
 )
 def test_streaming_variance_equals_two_passes_even_for_a_large_mean(seed, mean, std, length, tile):
-    """Property 15: tiles merged by Chan's formula, in float32, agree within rounding; Σx² − (Σx)² would not."""
+    """Tiles merged by Chan's formula, in float32, agree within rounding; Σx² − (Σx)² would not."""
     x = mean + std * torch.randn(length, generator=torch.Generator().manual_seed(seed))
     n, running_mean, m2 = 0, torch.zeros(()), torch.zeros(())
     for part in x.split(tile):
@@ -153,9 +157,9 @@ def test_streaming_variance_equals_two_passes_even_for_a_large_mean(seed, mean, 
     assert inside_interval((m2 / n).reshape(1, 1), gold, scores)
 
 
+@pytest.mark.property(16)
 @given(CASES)
 def test_budget_is_monotone_in_the_variance_in_the_direction_of_the_rule(case):
-    """Property 16."""
     variance = score_variance(case.scores()).flatten().sort()[0][None]
     mean = case.mean_variance or 0.01
     steps = token_budget(variance, mean, torch.full_like(variance, 1000, dtype=torch.int32), **sizes(case)).diff()
@@ -165,17 +169,20 @@ def test_budget_is_monotone_in_the_variance_in_the_direction_of_the_rule(case):
         assert ((steps if case.rule == "proportional" else -steps) >= 0).all()
 
 
+@pytest.mark.property(16)
+@pytest.mark.pitfall("rule-turned-round")
 @pytest.mark.parametrize(("rule", "expected"), [("proportional", [5, 10, 20]), ("inverse", [20, 10, 5])])
 def test_the_rules_turn_in_opposite_directions(rule, expected):
-    """Property 16 by numbers: half, once and twice the mean variance."""
+    """By numbers: half, once and twice the mean variance."""
     n = torch.full((1, 3), 100, dtype=torch.int32)
     budget = token_budget(torch.tensor([[0.5, 1.0, 2.0]]), 1.0, n, k_base=10, k_min=1, k_max=100, rule=rule)
     assert budget.tolist() == [expected]
 
 
+@pytest.mark.property(17)
 @given(CASES, st.data())
 def test_a_row_depends_on_no_other_row(case, data):
-    """Property 17: neither on its batch neighbours nor on other queries."""
+    """Neither on its batch neighbours nor on other queries."""
     scores = case.scores().contiguous()
     b, t = data.draw(st.integers(0, case.B - 1)), data.draw(st.integers(0, case.L - 1))
     noisy = scores * 3 + 1
@@ -186,9 +193,11 @@ def test_a_row_depends_on_no_other_row(case, data):
     assert budgets[0] == budgets[1]
 
 
+@pytest.mark.property(18)
+@pytest.mark.pitfall("variance-of-one")
 @given(st.floats(-1e6, 1e6, width=32), RULES)
 def test_the_variance_of_one_element_is_zero_and_its_budget_one(value, rule):
-    """Property 18. The unbiased estimate would divide 0 by 0."""
+    """The unbiased estimate would divide 0 by 0."""
     scores = torch.tensor([[[value, -math.inf, -math.inf]]])
     variance = score_variance(scores)
     assert variance.tolist() == [[0.0]]
@@ -196,6 +205,7 @@ def test_the_variance_of_one_element_is_zero_and_its_budget_one(value, rule):
     assert token_budget(variance, 0.01, one, k_base=8, k_min=2, k_max=16, rule=rule).tolist() == [[1]]
 
 
+@pytest.mark.pitfall("masked-counted-as-zeros")
 @given(st.lists(st.integers(-8, 8), min_size=1, max_size=20), st.integers(0, 30))
 def test_masked_positions_do_not_count_as_zeros(values, masked):
     """Counted as zeros, they would make the variance a function of the position."""
@@ -203,6 +213,7 @@ def test_masked_positions_do_not_count_as_zeros(values, masked):
     assert inside_interval(score_variance(row), np.array([[np.var(values)]]), row)
 
 
+@pytest.mark.pitfall("masked-counted-as-zeros")
 def test_masked_positions_do_not_count_as_zeros_by_numbers():
     row = torch.tensor([1.0, 3.0, -math.inf, -math.inf])
     assert score_variance(row[None, None]).tolist() == [[1.0]]
@@ -248,22 +259,25 @@ def test_extreme_variances_give_budgets_inside_the_bounds(rule, variance, mean):
     assert budget[0].tolist() == gold.tolist()
 
 
+@pytest.mark.property(9)
 @given(budget_cases("float32", Limits()).filter(lambda case: case.layout != "contiguous"))
 def test_strided_scores_equal_contiguous_ones(case):
-    """Property 9 for variances: both within rounding of the equations."""
+    """Both within rounding of the equations."""
     scores = case.scores()
     gold = gold_variance(scores)
     assert inside_interval(score_variance(scores), gold, scores)
     assert inside_interval(score_variance(scores.contiguous()), gold, scores)
 
 
+@pytest.mark.property(57)
 @given(CASES)
 def test_reruns_are_bitwise_equal(case):
-    """Property 57."""
     scores = case.scores()
     assert torch.equal(score_variance(scores), score_variance(scores))
 
 
+@pytest.mark.pitfall("large-batch")
+@pytest.mark.pitfall("length-zero")
 @pytest.mark.parametrize(("B", "L", "S"), [(0, 3, 4), (2, 0, 4), (2, 3, 0), (10_000, 1, 2)])
 def test_empty_axes_and_large_batches_work(B, L, S):
     variance = score_variance(torch.ones(B, L, S))

@@ -26,10 +26,11 @@ def unchanged(cache: GSACache, before: list[torch.Tensor]) -> bool:
     return all(torch.equal(x, y) for x, y in zip(contents(cache), before, strict=True))
 
 
+@pytest.mark.property(53)
 @settings(max_examples=20)
 @given(models(), st.integers(0, 12))
 def test_decoding_token_by_token_equals_prefill(model, prompt):
-    """Property 53, row by row."""
+    """Row by row."""
     layer, h = model.build(), model.inputs()["h"]
     expected = layer(h).hidden
     prompt = min(prompt, h.shape[1])
@@ -40,9 +41,10 @@ def test_decoding_token_by_token_equals_prefill(model, prompt):
     assert cache.lengths.tolist() == [h.shape[1]] * len(h)
 
 
+@pytest.mark.property(54)
 @given(models(), st.lists(st.integers(0, 8), min_size=1, max_size=5))
 def test_prefill_in_chunks_equals_one_prefill(model, chunks):
-    """Property 54; a chunk may be empty."""
+    """A chunk may be empty."""
     layer, h = model.build(), model.inputs()["h"]
     cache, outputs, done = new_cache(model.config, len(h), h.shape[1] + 3), [], 0
     for n in [*chunks, h.shape[1]]:
@@ -53,6 +55,8 @@ def test_prefill_in_chunks_equals_one_prefill(model, chunks):
     assert close_layers(torch.cat(outputs, 1), layer(h).hidden)
 
 
+@pytest.mark.pitfall("padding-in-the-cache")
+@pytest.mark.property(54)
 @given(models(), st.data())
 def test_right_padded_chunks_give_every_sequence_its_own_prefill(model, data):
     """Each call brings another number of tokens per sequence, the rest is poison; V̄, RoPE and masks follow."""
@@ -79,6 +83,7 @@ def test_right_padded_chunks_give_every_sequence_its_own_prefill(model, data):
             assert buffer is None or not buffer[b, done[b] :].any()
 
 
+@pytest.mark.pitfall("decode-sees-new-token-only")
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_a_decoded_token_attends_to_the_prompt(variant):
     """A cache without indexer keys would score the new token only; a peer's returns exactly 0 here."""
@@ -141,6 +146,7 @@ def test_append_writes_behind_each_end_and_keeps_padding_out():
     assert not cache.k_idx[1, 3:].any()
 
 
+@pytest.mark.pitfall("length-zero")
 @pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize(("B", "L"), [(0, 3), (2, 0)])
 def test_empty_batches_and_empty_chunks_go_through_a_cache(variant, B, L):
@@ -321,6 +327,7 @@ def test_a_full_cache_goes_on_after_growing(variant):
     assert close_layers(layer(h[:, 20:], cache=cache).hidden, layer(h).hidden[:, 20:])
 
 
+@pytest.mark.pitfall("padding-in-the-cache")
 @pytest.mark.parametrize("variant", ["sparse", "gsa"])
 def test_selection_never_looks_past_a_length(variant):
     """Even a NaN that somebody else wrote into the free slots; dense attention relies on their being 0."""

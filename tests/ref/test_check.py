@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 
 from gsa_ref import check, equations
 from gsa_ref.cases import DTYPES, IndexerCase, Limits, gate_cases, indexer_cases
+from tests.strategies import SEEDS
 
-SEEDS = st.integers(0, 2**16)
 F32 = np.float32
 
 

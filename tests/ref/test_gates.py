@@ -12,6 +12,7 @@ from gsa_ref import apply_gate, equations, sparse_attention
 from gsa_ref.cases import DTYPES, Limits, attention_cases, gate_cases
 from gsa_ref.check import unit_roundoff
 from tests.ref import oracle
+from tests.strategies import NUMBERS
 
 ANY = st.sampled_from(tuple(DTYPES)).flatmap(lambda dtype: gate_cases(dtype, Limits()))
 
@@ -28,25 +29,37 @@ def test_gated_values_equal_the_equations_up_to_a_few_roundings(case):
     assert (np.abs(oracle.array(out) - gold) <= 8 * u * np.abs(gold) + smallest * (1 + np.abs(oracle.array(x)))).all()
 
 
+@pytest.mark.property(42)
 @given(ANY)
 def test_gate_at_plus_infinity_is_the_identity(case):
-    """Property 42."""
     x, gate = case.arguments()
     assert torch.equal(apply_gate(x, torch.full_like(gate, math.inf)), x)
 
 
+@pytest.mark.property(43)
 @given(ANY)
 def test_gate_at_minus_infinity_gives_exactly_zero(case):
-    """Property 43."""
     x, gate = case.arguments()
     assert not apply_gate(x, torch.full_like(gate, -math.inf)).any()
 
 
+@pytest.mark.property(44)
 @given(ANY)
 def test_a_gate_never_enlarges(case):
-    """Property 44."""
     x, gate = case.arguments()
     assert (apply_gate(x, gate).abs() <= x.abs()).all()
+
+
+@pytest.mark.property(44)
+@given(st.lists(st.tuples(NUMBERS, NUMBERS), min_size=1))
+def test_a_gate_enlarges_no_number_and_turns_no_sign(pairs):
+    """Of any size, denormals and infinities included. Only ∞ · σ(−∞), with σ = 0 after rounding, is not a number."""
+    x, gate_logits = (torch.tensor(column) for column in zip(*pairs, strict=True))
+    out = apply_gate(x, gate_logits)
+    undefined = out.isnan()
+    assert (x.isinf() & (gate_logits < -80))[undefined].all()
+    assert (out.abs() <= x.abs())[~undefined].all()
+    assert (out * x >= 0)[~undefined].all()
 
 
 @given(gate_cases("float64", Limits()))
@@ -59,9 +72,10 @@ def test_a_gate_keeps_the_sign_and_grows_with_its_logit(case):
     assert (more.abs() > out.abs())[moving].all()
 
 
+@pytest.mark.property(45)
 @given(st.sampled_from(("float32", "float64")).flatmap(lambda dtype: attention_cases(dtype, Limits())))
 def test_fused_gates_equal_gates_applied_before_and_after(case):
-    """Property 45."""
+    """Within rounding: the value gate is applied to gathered values, where the vectorised σ may differ by an ulp."""
     arguments = case.arguments()
     value, output = arguments.pop("value_gate_logits"), arguments.pop("output_gate_logits")
     fused, fused_lse = sparse_attention(**arguments, value_gate_logits=value, output_gate_logits=output)
@@ -70,7 +84,9 @@ def test_fused_gates_equal_gates_applied_before_and_after(case):
     out, lse = sparse_attention(**arguments)
     if output is not None:
         out = apply_gate(out, output)
-    assert torch.equal(fused, out)
+    size = float(arguments["v"].abs().max())
+    tolerance = 2 * oracle.attention_tolerance(arguments)[0] + 8 * unit_roundoff(out.dtype) * size
+    assert oracle.close(fused, out, tolerance if value is not None else 0.0)
     assert torch.equal(fused_lse, lse)
 
 
@@ -93,18 +109,19 @@ def test_the_value_gate_belongs_to_the_source_token_and_the_output_gate_to_the_q
     assert not out[:, -1].any()
 
 
+@pytest.mark.property(9)
 @given(ANY)
 def test_strided_inputs_equal_contiguous_ones(case):
-    """Property 9 for gates: elementwise, so only the vectorised σ may differ, by an ulp."""
+    """Elementwise, so only the vectorised σ may differ, by an ulp."""
     x, gate = case.arguments()
     strided, plain = apply_gate(x, gate), apply_gate(x.contiguous(), gate.contiguous())
     difference = (strided.double() - plain.double()).abs()
     assert (difference <= 4 * unit_roundoff(x.dtype) * plain.double().abs()).all()
 
 
+@pytest.mark.property(57)
 @given(ANY)
 def test_reruns_are_bitwise_equal(case):
-    """Property 57."""
     x, gate = case.arguments()
     assert torch.equal(apply_gate(x, gate), apply_gate(x, gate))
 
@@ -120,9 +137,9 @@ def test_gate_logits_may_have_another_dtype():
     assert out.tolist() == [1.0, 1.0, 1.0]
 
 
+@pytest.mark.property(46)
 @given(st.integers(0, 2**16))
 def test_gradients_match_finite_differences(seed):
-    """Property 46."""
     g = torch.Generator().manual_seed(seed)
     x, gate = (torch.randn(2, 3, 4, generator=g, dtype=torch.float64, requires_grad=True) for _ in range(2))
     assert torch.autograd.gradcheck(apply_gate, (x, gate))

@@ -1,4 +1,4 @@
-"""Gated lightning indexer (Eq. 7). Numbers in docstrings are those of the list of verified properties."""
+"""Gated lightning indexer (Eq. 7)."""
 
 import math
 
@@ -66,17 +66,17 @@ def test_minus_infinity_exactly_where_a_query_may_not_look(case):
     np.testing.assert_array_equal(scores != -np.inf, visible(case))
 
 
+@pytest.mark.property(1)
 @given(CASES)
 def test_scores_lie_between_zero_and_the_number_of_heads(case):
-    """Property 1."""
     scores = scores_of(case)
     scores = scores[scores != -torch.inf]
     assert ((scores >= 0) & (scores <= case.H_I)).all()
 
 
+@pytest.mark.property(2)
 @given(MILD64, st.integers(0, 3), st.sampled_from(("head_logits", "bias")))
 def test_scores_rise_with_a_head_weight_and_with_a_bias(case, head, name):
-    """Property 2."""
     arguments = all_visible(case)
     raised = arguments[name].clone()
     raised[..., head % case.H_I] += 1
@@ -85,9 +85,9 @@ def test_scores_rise_with_a_head_weight_and_with_a_bias(case, head, name):
     assert (after > before).all()
 
 
+@pytest.mark.property(3)
 @given(CASES, st.randoms(use_true_random=False))
 def test_a_permutation_of_the_keys_permutes_the_columns(case, random):
-    """Property 3."""
     arguments = all_visible(case)
     order = random.sample(range(case.S), case.S)
     permuted = {**arguments, "k_idx": arguments["k_idx"][:, order]}
@@ -96,9 +96,9 @@ def test_a_permutation_of_the_keys_permutes_the_columns(case, random):
     assert (difference.abs().numpy() <= 2 * oracle.indexer_tolerance(permuted, case.scale)).all()
 
 
+@pytest.mark.property(4)
 @given(CASES, st.randoms(use_true_random=False))
 def test_a_permutation_of_the_heads_changes_nothing(case, random):
-    """Property 4."""
     arguments = all_visible(case)
     order = random.sample(range(case.H_I), case.H_I)
     permuted = {
@@ -112,9 +112,9 @@ def test_a_permutation_of_the_heads_changes_nothing(case, random):
     assert (difference.abs().numpy() <= 2 * oracle.indexer_tolerance(arguments, case.scale)).all()
 
 
+@pytest.mark.property(5)
 @given(CASES, st.integers(0, 40), st.sampled_from((1.0, math.inf, math.nan)))
 def test_future_perturbation_leaves_earlier_rows_bitwise_equal(case, position, noise):
-    """Property 5."""
     arguments = oracle.contiguous(case.arguments())
     before = gsa_ref.indexer_scores(**arguments, scale=case.scale)
     start = torch.as_tensor(arguments["start"]).reshape(-1, 1)
@@ -127,9 +127,10 @@ def test_future_perturbation_leaves_earlier_rows_bitwise_equal(case, position, n
     assert torch.equal(after[~late], before[~late])
 
 
+@pytest.mark.property(6)
 @given(CASES)
 def test_a_batch_slice_does_not_see_its_neighbours(case):
-    """Property 6: bitwise when only the neighbours' values change, within 2ε when they are gone.
+    """Bitwise when only the neighbours' values change, within 2ε when they are gone.
 
     Matrix products of another batch size may add in another order.
     """
@@ -149,9 +150,9 @@ def test_a_batch_slice_does_not_see_its_neighbours(case):
         assert check.score_verdict(by_itself, scores[b].double().numpy(), 2 * tolerance[b])
 
 
+@pytest.mark.property(7)
 @given(CASES, st.integers(1, 20), st.integers(1, 40))
 def test_scores_do_not_depend_on_the_blocks_they_are_computed_in(case, rows, columns):
-    """Property 7."""
     arguments = {**case.arguments(), "lengths": None}
     whole = gsa_ref.indexer_scores(**arguments, scale=case.scale).double().numpy()
     blocks = np.full_like(whole, math.nan)
@@ -172,9 +173,10 @@ def test_scores_do_not_depend_on_the_blocks_they_are_computed_in(case, rows, col
         assert check.score_verdict(blocks[b], whole[b], 2 * tolerance[b])
 
 
+@pytest.mark.property(8)
 @given(CASES, st.sampled_from((1e5, math.inf)))
 def test_bias_limits_close_and_open_every_head(case, bias):
-    """Property 8: b → −∞ gives 0, b → +∞ gives Σ_j σ(head_logits_j)."""
+    """b → −∞ gives 0, b → +∞ gives Σ_j σ(head_logits_j)."""
     arguments = all_visible(case)
     for sign, expected in ((-1, 0.0), (1, torch.sigmoid(arguments["head_logits"].double()).sum(-1, keepdim=True))):
         arguments["bias"] = torch.full((case.H_I,), sign * bias)
@@ -183,9 +185,10 @@ def test_bias_limits_close_and_open_every_head(case, bias):
         assert ((scores - expected).abs() <= budget).all()
 
 
+@pytest.mark.property(9)
 @given(indexer_cases("float32", Limits()).filter(lambda case: case.layout != "contiguous"))
 def test_strided_inputs_equal_contiguous_ones(case):
-    """Property 9: within 2ε, because a transposed matrix product may add in another order."""
+    """Within 2ε, because a transposed matrix product may add in another order."""
     arguments = case.arguments()
     strided = gsa_ref.indexer_scores(**arguments, scale=case.scale)
     plain = gsa_ref.indexer_scores(**oracle.contiguous(arguments), scale=case.scale).double().numpy()
@@ -194,9 +197,9 @@ def test_strided_inputs_equal_contiguous_ones(case):
         assert check.score_verdict(strided[b].numpy(), plain[b], 2 * tolerance[b])
 
 
+@pytest.mark.property(57)
 @given(CASES)
 def test_reruns_are_bitwise_equal(case):
-    """Property 57."""
     assert torch.equal(scores_of(case), scores_of(case))
 
 
@@ -234,6 +237,7 @@ def test_a_nan_key_spoils_its_own_column_only(case, data):
     assert torch.equal(after[~expected], before[~expected])
 
 
+@pytest.mark.pitfall("mask-past-46341")
 @pytest.mark.parametrize(("L", "S"), [(1, 50_000), (3, 46_343)])
 def test_the_causal_mask_is_right_past_46341_tokens(L, S):
     """46,341² is the first square that a 32-bit index cannot hold."""
@@ -243,6 +247,7 @@ def test_the_causal_mask_is_right_past_46341_tokens(L, S):
     assert counts.tolist() == [S - L + t + 1 for t in range(L)]
 
 
+@pytest.mark.pitfall("length-zero")
 @pytest.mark.parametrize(("B", "L", "S"), [(0, 3, 4), (2, 0, 4), (2, 3, 0), (0, 0, 0)])
 @pytest.mark.parametrize("per_sequence", [False, True])
 def test_empty_axes_give_empty_scores(B, L, S, per_sequence):
@@ -253,6 +258,7 @@ def test_empty_axes_give_empty_scores(B, L, S, per_sequence):
     assert scores.shape == (B, L, S)
 
 
+@pytest.mark.pitfall("large-batch")
 def test_ten_thousand_sequences_in_a_batch():
     q_idx = torch.arange(10_000.0).reshape(-1, 1, 1, 1) / 10_000
     scores = gsa_ref.indexer_scores(
@@ -262,9 +268,9 @@ def test_ten_thousand_sequences_in_a_batch():
     assert ((scores - expected).abs() <= 2 * check.SIGMOID_ERROR["exact"]).all()
 
 
+@pytest.mark.property(46)
 @given(st.integers(0, 2**16))
 def test_gradients_of_the_scores_match_finite_differences(seed):
-    """Property 46."""
     g = torch.Generator().manual_seed(seed)
     shapes = ((2, 3, 2, 4), (2, 5, 4), (2, 3, 2), (2,))
     inputs = [torch.randn(shape, generator=g, dtype=torch.float64, requires_grad=True) for shape in shapes]

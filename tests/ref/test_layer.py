@@ -87,9 +87,9 @@ def test_a_fixed_budget_without_gates_and_rope_is_plain_topk_attention(seed, k):
     assert not close_layers(layer(h).hidden, expected)  # RoPE is back: the patch mattered
 
 
+@pytest.mark.property(30)
 @pytest.mark.parametrize("gates", ["none", "both"])
 def test_the_dense_variant_is_the_sparse_one_with_a_budget_of_everything(gates):
-    """Property 30 for the layer."""
     config = dataclasses.replace(SMALL, k_base=40, k_min=40, k_max=40, gates=gates)
     sparse, dense = build(config), build(dataclasses.replace(config, sparse=False))
     dense.load_state_dict({n: x for n, x in sparse.state_dict().items() if n in dense.state_dict()})
@@ -131,18 +131,22 @@ def test_indexer_rope_makes_the_indexer_see_positions(rope):
 # --- who sees whom ------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.property(5)
+@pytest.mark.pitfall("mean-of-the-batch")
 @given(models(), st.integers(0, 20), st.booleans())
 def test_future_perturbation_leaves_earlier_rows_bitwise_equal(model, position, training):
-    """Property 5, in eval and in training mode: V̄ never comes from the current batch."""
+    """In eval and in training mode: V̄ never comes from the current batch."""
     layer, h = model.build().train(training), model.inputs()["h"]
     noisy = h.clone()
     noisy[:, position:] = 1 - 2 * noisy[:, position:]
     assert torch.equal(layer(h).hidden[:, :position], layer(noisy).hidden[:, :position])
 
 
+@pytest.mark.property(6)
+@pytest.mark.pitfall("mean-of-the-batch")
 @given(models(), st.booleans())
 def test_a_sequence_does_not_see_its_batch_neighbours(model, training):
-    """Property 6: bitwise when the neighbours change, within rounding when they are gone.
+    """Bitwise when the neighbours change, within rounding when they are gone.
 
     Implementations that divide by the mean variance of the current batch leak here.
     """
@@ -175,6 +179,7 @@ def test_lengths_below_zero_and_above_the_batch_are_cut(variant, lengths):
     assert torch.equal(output, expected)
 
 
+@pytest.mark.pitfall("length-zero")
 @pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize(("B", "L"), [(0, 5), (2, 0), (0, 0)])
 @pytest.mark.parametrize("training", [False, True])
@@ -186,6 +191,7 @@ def test_empty_batches_and_sequences_of_length_zero(variant, B, L, training):
     assert h.grad.shape == h.shape
 
 
+@pytest.mark.pitfall("large-batch")
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_ten_thousand_sequences_in_a_batch(variant):
     config = GSAConfig(d=2, H=1, H_kv=1, d_h=2, H_I=1, d_I=1, k_base=1, k_min=1, k_max=1).variant(variant)
@@ -193,6 +199,8 @@ def test_ten_thousand_sequences_in_a_batch(variant):
     assert close_layers(layer(h).hidden[-2:], layer(h[-2:]).hidden)
 
 
+@pytest.mark.pitfall("transposed-input")
+@pytest.mark.property(9)
 def test_transposed_hidden_states_are_read_by_their_strides():
     """Sequence-first memory, as some libraries keep it."""
     layer, h = build(SMALL), hidden(2, 30, SMALL.d)
@@ -215,6 +223,7 @@ def test_training_adds_up_the_row_variances_of_valid_rows(model):
     assert torch.equal(layer.mean_variance, before)
 
 
+@pytest.mark.pitfall("ema-starts-at-one")
 def test_the_running_mean_is_set_by_the_first_update_and_decays_after_it():
     layer = GatedSparseAttention(SMALL).train()
     expected = None
@@ -283,6 +292,7 @@ def test_a_recomputed_forward_pass_counts_its_rows_once(use_reentrant):
     assert torch.equal(x.grad, y.grad)
 
 
+@pytest.mark.pitfall("ema-starts-at-one")
 def test_a_new_layer_starts_at_the_base_budget_and_is_not_pinned_to_the_smallest():
     """With V̄ initialised to 1, as elsewhere, every proportional budget would be k_min for hundreds of steps."""
     layer = GatedSparseAttention(dataclasses.replace(SMALL, k_base=8, k_min=1, k_max=40)).double().train()
@@ -335,15 +345,16 @@ def test_gradients_are_finite_for_padding_and_empty_sequences(variant):
     assert not h.grad[2].any()
     assert h.grad[0].any(-1).all()
     for name, parameter in layer.named_parameters():
-        if name.startswith("indexer."):  # property 51: nothing flows through the indices of a top-k
+        if name.startswith("indexer."):  # nothing flows through the indices of a top-k
             assert parameter.grad is None
         else:
             assert parameter.grad.isfinite().all()
             assert parameter.grad.any()
 
 
+@pytest.mark.property(46)
 def test_gradients_of_the_layer_match_finite_differences():
-    """Property 46: the selection is locally constant."""
+    """The selection is locally constant."""
     layer = build(SMALL)
     assert torch.autograd.gradcheck(lambda h: layer(h).hidden, hidden(1, 10, SMALL.d).requires_grad_())
 
@@ -375,12 +386,13 @@ def test_autocast_runs_and_keeps_the_selection_in_float32(variant):
     assert all(variance.dtype == torch.float32 for variance in variances)
 
 
+@pytest.mark.property(55)
 @pytest.mark.filterwarnings(
     "ignore:.torch.jit.script_method. is deprecated:DeprecationWarning"
 )  # inductor's own import
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_compiled_equals_eager_in_one_graph(backend):
-    """Property 55, forward and backward, in training mode with padding."""
+    """Forward and backward, in training mode with padding."""
     torch.compiler.reset()
     eager, lengths = build(SMALL).train(), int32([20, 13])
     compiled_layer = copy.deepcopy(eager)
@@ -395,8 +407,9 @@ def test_compiled_equals_eager_in_one_graph(backend):
     assert math.isclose(compiled_layer.pending_variance_sum, eager.pending_variance_sum, rel_tol=2.0**-22)
 
 
+@pytest.mark.property(55)
 def test_compiled_decode_equals_eager_in_one_graph():
-    """Property 55 with a cache: prefill, then two steps."""
+    """Prefill, then two steps."""
     torch.compiler.reset()
     layer, h = build(SMALL), hidden(2, 20, SMALL.d)
     compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
@@ -408,9 +421,10 @@ def test_compiled_decode_equals_eager_in_one_graph():
     assert torch.equal(caches[0].lengths, caches[1].lengths)
 
 
+@pytest.mark.property(56)
 @given(models("float32"))
 def test_saving_and_loading_gives_bitwise_the_same_layer(model):
-    """Property 56, through a file that `torch.load(weights_only=True)` accepts; V̄ included."""
+    """Through a file that `torch.load(weights_only=True)` accepts; V̄ included."""
     layer, inputs = model.build(), model.inputs()
     file = io.BytesIO()
     torch.save(layer.state_dict(), file)
@@ -441,8 +455,8 @@ def test_a_malicious_checkpoint_is_refused(tmp_path, writer):
     assert not trace.exists()
 
 
+@pytest.mark.property(57)
 @given(models("float32"))
 def test_reruns_are_bitwise_equal(model):
-    """Property 57."""
     layer, inputs = model.build(), model.inputs()
     assert torch.equal(layer(**inputs).hidden, layer(**inputs).hidden)

@@ -77,6 +77,7 @@ def test_the_model_is_its_formula(variant):
     assert output.indexer_loss is None
 
 
+@pytest.mark.property(5)
 @torch.no_grad()
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_a_later_token_changes_no_earlier_logits(variant):
@@ -100,6 +101,7 @@ def test_padding_may_hold_anything_and_gives_zero(variant, poison):
     assert close_layers(output[1:2, :11], model(tokens[1:2, :11]).logits)
 
 
+@pytest.mark.property(53)
 @torch.no_grad()
 @pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize("indexer_rope", [False, True])
@@ -145,6 +147,7 @@ def test_after_many_decoded_tokens_the_caches_equal_those_of_a_prefill(variant, 
             assert not buffer[:, n_tokens:].any()
 
 
+@pytest.mark.property(54)
 @torch.no_grad()
 @settings(max_examples=20)
 @given(st.sampled_from(VARIANTS), st.lists(st.integers(0, 9), max_size=5), st.integers(0, 2**16))
@@ -242,9 +245,10 @@ def test_the_indexer_loss_is_the_sum_over_the_layers():
     assert model.blocks[0].attention.W_o.weight.grad.any()
 
 
+@pytest.mark.property(51)
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_gradients_reach_every_parameter_but_the_indexer(variant):
-    """Of a loss of the logits; property 51: nothing flows through the indices of a top-k."""
+    """Of a loss of the logits: nothing flows through the indices of a top-k."""
     model, tokens = build_model(variant).train(), distinct_tokens(2, 30)
     logits = model(tokens[:, :-1], lengths=int32(29, 20)).logits
     nn.functional.cross_entropy(logits[0], tokens[0, 1:]).backward()
@@ -307,6 +311,7 @@ def test_an_update_reaches_the_running_mean_of_every_layer():
         assert block.attention.pending_variance_count == 0
 
 
+@pytest.mark.property(56)
 @torch.no_grad()
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_saving_and_loading_gives_bitwise_the_same_model(variant):

@@ -9,9 +9,9 @@ from hypothesis import strategies as st
 from gsa_ref import apply_rope, equations
 from gsa_ref.check import gamma
 from tests.ref import oracle
+from tests.strategies import SEEDS
 
 SIZES = st.tuples(st.integers(1, 3), st.integers(1, 12), st.integers(1, 3), st.sampled_from((2, 4, 8, 24, 64)))
-SEEDS = st.integers(0, 2**16)
 STARTS = st.integers(0, 1000)
 U64 = 2.0**-53
 

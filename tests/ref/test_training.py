@@ -31,10 +31,10 @@ from gsa_ref.check import gamma
 from tests.ref import oracle, ranks
 from tests.ref.models import SMALL, build, hidden
 from tests.ref.oracle import close
+from tests.strategies import SEEDS
 
 LEARNING = ("q_idx", "k_idx", "head_logits", "bias")
 PHASES = ("warm_up", "sparse", "sparse_lse")
-SEEDS = st.integers(0, 2**16)
 CONFIG = ModelConfig(attention=SMALL, n_layers=2, d_ff=24)
 
 
@@ -151,9 +151,10 @@ def test_loss_and_gradients_equal_the_equations(case):
         assert close(gradients[name], expected, gradient_tolerance), name
 
 
+@pytest.mark.property(51, 52)
 @given(CASES)
 def test_only_the_indexer_gets_a_gradient(case):
-    """Properties 51 and 52 of the function: none for the teacher, its lse or, through it, the attention."""
+    """None for the teacher, its lse or, through it, the attention."""
     _, gradients = loss_and_gradients(case.arguments())
     assert set(gradients) == set(LEARNING)
 
@@ -251,9 +252,9 @@ def test_a_peaked_teacher_is_out_of_reach_without_a_temperature(H_I):
     assert indexer_kl_loss(**arguments, temperature=0.02) < 1e-9
 
 
+@pytest.mark.property(41)
 @given(CASES, st.floats(-3, 3))
 def test_a_common_shift_of_the_keys_changes_nothing(case, shift):
-    """Property 41 for the teacher."""
     arguments = {**case.arguments(), "lse": None}
     shifted = {**arguments, "k": arguments["k"] + shift}
     tolerance = oracle.kl_tolerance(arguments)[0] + oracle.kl_tolerance(shifted)[0]
@@ -277,9 +278,9 @@ def test_a_given_lse_is_the_one_that_counts(case):
     assert close(halved, expected, 2 * oracle.kl_tolerance(arguments)[0])
 
 
+@pytest.mark.property(38)
 @given(CASES)
 def test_grouped_heads_equal_repeated_key_heads(case):
-    """Property 38."""
     arguments = case.arguments()
     repeated = {**arguments, "k": arguments["k"].repeat_interleave(case.group, 2)}
     assert close(indexer_kl_loss(**repeated), indexer_kl_loss(**arguments), 2 * oracle.kl_tolerance(arguments)[0])
@@ -308,9 +309,10 @@ def test_a_selection_of_everything_is_the_warm_up(case):
     assert all(torch.equal(others[name], gradients[name]) for name in LEARNING)
 
 
+@pytest.mark.property(49)
 @given(CASES)
 def test_keys_outside_every_distribution_change_nothing_and_get_no_gradient(case):
-    """Property 49, and causality: unselected, future and padded positions."""
+    """Unselected, future and padded positions."""
     arguments = oracle.contiguous(case.arguments())
     outside = ~over(arguments).any(1)  # [B, S]
     changed = {name: arguments[name].clone() for name in ("k", "k_idx")}
@@ -335,9 +337,10 @@ def test_rows_that_are_not_valid_change_nothing_and_get_no_gradient(case, poison
     assert torch.equal(indexer_kl_loss(**{**arguments, **changed}), loss)
 
 
+@pytest.mark.property(6)
 @given(CASES)
 def test_a_batch_is_the_mean_over_the_rows_of_its_sequences(case):
-    """Property 6: no sequence sees another; each weighs as many rows as it has."""
+    """No sequence sees another; each weighs as many rows as it has."""
     arguments = case.arguments()
     loss, gradients = loss_and_gradients(arguments)
     rows = over(arguments).any(-1).sum(-1)  # [B]
@@ -409,18 +412,20 @@ def test_autocast_rounds_nothing(case):
     assert all(torch.equal(leaves[name].grad, gradients[name]) for name in LEARNING)
 
 
+@pytest.mark.property(57)
 @given(kl_cases("float32"))
 def test_reruns_are_bitwise_equal(case):
-    """Property 57, gradients included."""
+    """Gradients included."""
     (loss, gradients), (again, others) = (loss_and_gradients(case.arguments()) for _ in range(2))
     assert torch.equal(loss, again)
     assert all(torch.equal(gradients[name], others[name]) for name in LEARNING)
 
 
+@pytest.mark.property(46)
 @settings(max_examples=8)
 @given(SEEDS, st.sampled_from(PHASES), st.sampled_from((1.0, 0.1)))
 def test_gradients_match_finite_differences(seed, phase, temperature):
-    """Property 46: rows of padding and rows without a slot included."""
+    """Rows of padding and rows without a slot included."""
     arguments = dataclasses.replace(SMALL_CASE, seed=seed, phase=phase, temperature=temperature).arguments()
     inputs = [arguments[name].requires_grad_() for name in LEARNING]
 
@@ -430,8 +435,9 @@ def test_gradients_match_finite_differences(seed, phase, temperature):
     assert torch.autograd.gradcheck(loss, inputs)
 
 
+@pytest.mark.property(48)
 def test_the_backward_pass_is_linear_in_its_input():
-    """Property 48, and a zero gradient gives exactly zero."""
+    """A zero gradient gives exactly zero."""
     arguments = SMALL_CASE.arguments()
     inputs = [arguments[name].requires_grad_() for name in LEARNING]
     loss = indexer_kl_loss(**{**arguments, **dict(zip(LEARNING, inputs, strict=True))})
@@ -443,9 +449,10 @@ def test_the_backward_pass_is_linear_in_its_input():
     assert not any(x.any() for x in zero)
 
 
+@pytest.mark.property(55)
 @pytest.mark.parametrize("phase", PHASES)
 def test_compiled_equals_eager_in_one_graph(phase):
-    """Property 55, forward and backward."""
+    """Forward and backward."""
     torch.compiler.reset()
     arguments = dataclasses.replace(SMALL_CASE, phase=phase).arguments()
     compiled = torch.compile(indexer_kl_loss, fullgraph=True, backend="aot_eager")
@@ -566,10 +573,12 @@ def test_a_step_with_a_cache_has_no_loss():
     assert layer(hidden(2, 12, SMALL.d)).indexer_loss is not None
 
 
+@pytest.mark.property(52)
+@pytest.mark.pitfall("indexer-never-learns")
 @pytest.mark.parametrize("phase", ["warm_up", "sparse"])
 @pytest.mark.parametrize("gates", ["none", "both"])
 def test_the_indexer_learns_from_its_loss_alone_and_nothing_else_does(phase, gates):
-    """Property 52: the indexer gets nothing from another loss; h and the other parameters get nothing from its loss."""
+    """The indexer gets nothing from another loss; h and the other parameters get nothing from its loss."""
     layer, h = trained(phase, gates=gates), hidden(2, 40, SMALL.d).requires_grad_()
     names = [name for name, parameter in layer.named_parameters() if parameter.requires_grad]
     indexer = [name for name in names if name.startswith("indexer.")]
@@ -649,6 +658,7 @@ def test_one_loss_trains_the_model_and_its_indexers(phase):
         assert parameter.grad is None or parameter.grad.any(), name
 
 
+@pytest.mark.pitfall("indexer-never-learns")
 @pytest.mark.parametrize("phase", ["warm_up", "sparse"])
 def test_training_on_the_loss_makes_the_indexer_find_what_attention_looks_at(phase):
     """On fixed data whose attention is peaked; the rest of the layer stands still."""
