@@ -11,7 +11,7 @@ VERIFY ?=
 FUZZ   ?=
 JOBS   ?= 2
 
-.PHONY: help verify test lint types unit notebooks notebook-outputs docs serve fuzz mutants clean
+.PHONY: help verify test lint types unit notebooks notebook-outputs docs serve fuzz mutants gpu clean
 .DEFAULT_GOAL := help
 
 help: ## list the targets
@@ -71,6 +71,23 @@ fuzz: $(VENV)/.dev ## 10,000 calls with bad or odd input; each must end as the c
 
 mutants: $(VENV)/.dev ## apply faults to copies of the kernels; every one must turn a check red
 	$(BIN)/python -m tests.mutants
+
+# On a GPU the compiler takes most of the time, so more processes help: make gpu JOBS=14. What asks for 4 GiB of memory
+# per test runs alone. The cheap properties run 10,000 examples each.
+RESULTS   ?= benchmarks/results/h200
+SANITIZER ?= compute-sanitizer
+gpu: $(VENV)/.dev ## the checks that need a GPU, with their records (JOBS=14, RESULTS=... and so on)
+	$(BIN)/python -m gsa_fast verify --examples 100 --jobs $(JOBS) --json $(RESULTS)/verification.json
+	$(BIN)/python -m gsa_fast verify --stem decode --dtype float32 --examples 1000 --jobs $(JOBS) --json $(RESULTS)/verification_decode.json
+	$(BIN)/python -m gsa_fast verify --length 131072 --reruns 250 --json $(RESULTS)/long_verification.json
+	$(BIN)/python -m gsa_fast verify --length 131072 --sigmoid-mode approximate --rows 512 --json $(RESULTS)/long_verification.json
+	$(BIN)/python -m gsa_fast verify --length 131072 --gradients --rows 64 --reruns 50 --json $(RESULTS)/long_verification.json
+	$(PYTEST) -k 'not past_two_to_the_31' tests/fast
+	$(PYTEST) -n 1 -k 'past_two_to_the_31' tests/fast
+	HYPOTHESIS_PROFILE=gpu $(PYTEST) --timeout 3600 -m property -k 'not past_two_to_the_31' tests/fast/test_gates.py tests/fast/test_budget.py
+	for tool in memcheck racecheck initcheck synccheck; do \
+	  $(SANITIZER) --tool $$tool --error-exitcode 1 $(BIN)/python -m gsa_fast verify --dtype bfloat16 --examples 2 || exit 1; \
+	done
 
 clean: ## remove what the targets above made
 	rm -rf $(VENV) site build *.egg-info .pytest_cache .mypy_cache .ruff_cache
