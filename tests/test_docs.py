@@ -226,6 +226,17 @@ def test_learn_pages_open_with_their_strip(site: Path):
         assert re.search(r"oracle .+ · PyTorch .+ · kernel .+ · tests .+ · notebook.* · API", opening), opening
 
 
+def test_a_strip_counts_kernels_where_it_would_name_many():
+    entry = next(e for e in thread.ENTRIES if e.stem == "attention")
+    launched = [o.name for o in thread.thread(ROOT, entry).kernel if o.is_launched]
+    assert len(launched) > thread.MOST_KERNELS
+    opening = thread.strip(ROOT, "learn/attention.md", "attention")
+    assert f"[{len(launched)} kernels](../equations.md)" in opening
+    assert [name for name in launched if name in opening] == []
+    assert "[gsa_fast.attention.sparse_attention]" in opening
+    assert "apply_gate_kernel" in thread.strip(ROOT, "learn/gates.md", "gates")
+
+
 @pytest.fixture
 def copy(tmp_path: Path) -> Path:
     """A copy of all that the site is built from."""
@@ -267,17 +278,6 @@ def test_what_does_not_exist_yet_is_said(copy: Path):
     assert "tests *not yet*" in opening
     assert "Not yet" in thread.api(copy, "gsa_fast.indexer")
     assert "Not yet" in thread.kernels(copy, "indexer")
-
-
-def test_a_strip_counts_kernels_where_it_would_name_many():
-    entry = next(e for e in thread.ENTRIES if e.stem == "attention")
-    launched = [o.name for o in thread.thread(ROOT, entry).kernel if o.is_launched]
-    assert len(launched) > thread.MOST_KERNELS
-    opening = thread.strip(ROOT, "learn/attention.md", "attention")
-    assert f"[{len(launched)} kernels](../equations.md)" in opening
-    assert [name for name in launched if name in opening] == []
-    assert "[gsa_fast.attention.sparse_attention]" in opening
-    assert "apply_gate_kernel" in thread.strip(ROOT, "learn/gates.md", "gates")
 
 
 def test_broken_sources_fail_the_build(copy: Path, tmp_path_factory: pytest.TempPathFactory):
