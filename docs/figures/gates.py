@@ -43,7 +43,9 @@ def everything() -> Selection:
 
 
 Q, KEYS, V = with_sink()
-ON_SINK = tour.attention_weights(Q, KEYS, everything())[0, 1:, 0, 0]
+IS_SINK = torch.zeros_like(V)
+IS_SINK[:, 0] = 1  # with this as values an output is the weight of word 0
+ON_SINK = sparse_attention(Q, KEYS, IS_SINK, everything())[0][0, 1:, 0, 0]
 
 
 def sizes(gate_of_word_0: float) -> torch.Tensor:
@@ -78,6 +80,15 @@ def heads() -> dict[str, np.ndarray]:
 HEADS = heads()
 
 
+def singular_values(name: str) -> np.ndarray:
+    """Of the outputs, relative to the largest; what is rounding counts as 0."""
+    values = np.linalg.svd(HEADS[name], compute_uv=False)
+    return np.where(values < 1e-9 * values[0], 0, values / values[0])
+
+
+SINGULAR = {name: singular_values(name) for name in ("plain", "gated")}
+
+
 def missed(name: str) -> str:
     """What the best matrix from inputs to outputs leaves, relative to the outputs."""
     x, y = HEADS["input"], HEADS[name]
@@ -91,9 +102,8 @@ def rank() -> Figure:
     axes = figure.add_subplot()
     shown = np.arange(1, D_H + 9)
     for name, colour, marker in (("plain", ORANGE, "o"), ("gated", BLUE, "s")):
-        values = np.linalg.svd(HEADS[name], compute_uv=False)[: len(shown)]
-        values[values < 1e-9 * values[0]] = 0  # rounding
-        axes.plot(shown, values / values[0], color=colour, marker=marker, markersize=3.5, label=name)
+        values = SINGULAR[name][: len(shown)]
+        axes.plot(shown, values, color=colour, marker=marker, markersize=3.5, label=name)
     axes.axvline(D_H + 0.5, color=GREEN, linestyle="--", linewidth=1, label="$d_h$")
     axes.set_xlabel("singular value of the outputs")
     axes.set_ylabel("relative to the first")
@@ -123,8 +133,8 @@ if __name__ == "__main__":
             "on_sink": f"{100 * float(ON_SINK.mean()):.0f}%",
             "d_h": D_H,
             "samples": f"{SAMPLES:,}",
-            "rank_plain": int(np.linalg.matrix_rank(HEADS["plain"])),
-            "rank_gated": int(np.linalg.matrix_rank(HEADS["gated"])),
+            "rank_plain": int((SINGULAR["plain"] > 0).sum()),
+            "rank_gated": int((SINGULAR["gated"] > 0).sum()),
             "missed_plain": missed("plain"),
             "missed_gated": missed("gated"),
             **trained(),
