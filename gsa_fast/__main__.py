@@ -4,6 +4,7 @@ import argparse
 import json
 import os
 import sys
+import time
 import warnings
 from contextlib import nullcontext
 from pathlib import Path
@@ -15,7 +16,7 @@ from gsa_fast._backend import INTERPRETED
 from gsa_fast.bench import decode, prefill, records, train
 from gsa_fast.selection import SIGMOID_MODES
 from gsa_fast.verification import long, long_gradients, run
-from gsa_fast.verification.compile import SHARED_MEMORY_LIMIT, compile_shipped
+from gsa_fast.verification.compile import SHARED_MEMORY_LIMIT, compile_shipped, summary
 from gsa_fast.verification.interpreter import enable_interpreter_checks, small_tiles
 from gsa_ref import GSAConfig
 from gsa_ref.cases import Case
@@ -252,14 +253,16 @@ def run_verify_gradients(options: argparse.Namespace, config: GSAConfig, rows: i
 def run_compile(options: argparse.Namespace, command: str) -> int:
     """The `compile` command."""
     targets = options.target or ["sm_80", "sm_90"]
+    started = time.monotonic()
     kernels = compile_shipped(tuple(int(target.removeprefix("sm_")) for target in targets))
+    seconds = time.monotonic() - started
     for k in kernels:
         memory = f"{k.shared_memory:7d} of {k.shared_memory_limit} bytes shared"
         fits = "fits" if k.fits else "DOES NOT FIT"
         print(f"{k.target}  {k.kernel:26s}  {memory}  {k.registers:3d} registers  {k.stack:4d} stack  {fits}")
     if options.json is not None:
-        record = {"suite": "compile", "triton": triton.__version__, "command": command}
-        record["rows"] = [{**k.to_dict(), "fits": k.fits} for k in kernels]
+        record = {"suite": "compile", "triton": triton.__version__, "command": command, "commit": run.commit()}
+        record |= {"seconds": round(seconds), "rows": summary(kernels)}
         options.json.write_text(json.dumps(record, indent=1) + "\n")
     misfits = [k for k in kernels if not k.fits]
     print(f"{len(misfits)} of {len(kernels)} kernel variants do not fit." if misfits else f"All {len(kernels)} fit.")

@@ -11,6 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from gsa_fast import _backend
 from gsa_fast._primitives import popcount
 from gsa_fast.attention import union_hopper
 from gsa_fast.attention.bits import (
@@ -284,7 +285,7 @@ def attend_unions(
         else:
             union_attention_kernel[(B * tiles * H_kv,)](
                 *tensors, *strides, first_row, rows, L, H_kv, tiles, B * tiles, capacity, scale * LOG2_E,
-                **constants, num_warps=num_warps, num_stages=pipeline_stages(block_n, block_d, q.dtype),
+                **constants, num_warps=num_warps, num_stages=pipeline_stages(block_n, block_d, q.dtype, device),
             )  # fmt: skip
         union_repair_kernel[(triton.cdiv(B * tiles * H_kv, BLOCK_BROKEN),)](
             *tensors, *strides, first_row, rows, L, H_kv, tiles, B * tiles, capacity, scale * LOG2_E,
@@ -338,6 +339,9 @@ def keys_per_block(block_d: int, dtype: torch.dtype) -> int:
     return max(32, min(64, 16384 // (block_d * dtype.itemsize)))
 
 
-def pipeline_stages(block_n: int, block_d: int, dtype: torch.dtype) -> int:
+def pipeline_stages(block_n: int, block_d: int, dtype: torch.dtype, device: torch.device) -> int:
     """Stages of the loop over keys. K and V of (stages + 1) // 2 blocks are in shared memory at once."""
+    wide = block_d * dtype.itemsize >= 512
+    if wide and _backend.little_shared_memory(device):
+        return 3
     return 5 if 2 * block_n * block_d * dtype.itemsize <= 32768 else 3

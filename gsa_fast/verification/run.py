@@ -182,12 +182,12 @@ def record(rows: list[Row], device: str, command: str, seed: int) -> dict[str, A
         "python": platform.python_version(),
         "command": command,
         "seed": seed,
-        "commit": _commit(),
+        "commit": commit(),
         "rows": [asdict(row) for row in rows],
     }
 
 
-def _commit() -> str | None:
+def commit() -> str | None:
     """The commit of the checkout that this file lies in; None for an installed package, or if files were changed."""
 
     def git(*arguments: str) -> str:
