@@ -67,6 +67,7 @@ serve: $(VENV)/.dev ## the site at http://127.0.0.1:8000
 
 mutants: $(VENV)/.dev ## apply faults to copies of the kernels; every one must turn a check red
 	$(BIN)/python -m tests.mutants
+	$(BIN)/python -m tests.mutants --generated
 
 clean: ## remove what the targets above made
 	rm -rf $(VENV) site build *.egg-info .pytest_cache .mypy_cache .ruff_cache

@@ -21,12 +21,8 @@ from gsa_fast.verification.interpreter import enable_interpreter_checks, small_t
 from gsa_ref import GSAConfig
 from gsa_ref.cases import Case
 
-# Cases per stem. The interpreter runs a program in milliseconds, so selections and whole layers get fewer there.
+# Cases per stem.
 GPU_EXAMPLES, GPU_QUICK_EXAMPLES = 40, 6
-INTERPRETER_EXAMPLES = {
-    "indexer": 200, "budget": 100, "gates": 200, "attention": 60, "selection": 40, "indexed_selection": 100,
-    "layer": 30, "decode": 60, "attention_backward": 20, "training": 100,
-}  # fmt: skip
 INTERPRETER_QUICK_EXAMPLES = {
     "indexer": 30, "budget": 15, "selection": 8, "indexed_selection": 6, "attention": 8, "gates": 30, "layer": 5,
     "decode": 6, "attention_backward": 3, "training": 6,
@@ -158,7 +154,7 @@ def run_verify(parser: argparse.ArgumentParser, options: argparse.Namespace, com
     if device == "cuda":
         examples = dict.fromkeys(stems, GPU_QUICK_EXAMPLES if options.quick else GPU_EXAMPLES)
     else:
-        examples = INTERPRETER_QUICK_EXAMPLES if options.quick else INTERPRETER_EXAMPLES
+        examples = INTERPRETER_QUICK_EXAMPLES if options.quick else run.INTERPRETER_EXAMPLES
     if options.examples is not None:
         examples = dict.fromkeys(stems, options.examples)
 

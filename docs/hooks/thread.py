@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from learning import DIRECTIVES as LEARNING
-from records import verification_table  # mkdocs loads a hook with its folder on the path
+from records import DIRECTIVES as RECORDS  # mkdocs loads a hook with its folder on the path
 from speed import DIRECTIVES as SPEED
 
 log = logging.getLogger("mkdocs.hooks.thread")
@@ -353,7 +353,7 @@ DIRECTIVES: dict[str, Callable[..., str]] = {
     "default": default,
     "fact": fact,
     "equation_index": equation_index,
-    "verification_table": verification_table,
+    **RECORDS,
     **SPEED,
     **LEARNING,
 }

@@ -36,6 +36,12 @@ GPU_LAYER_LIMITS = Limits(B=2, L=2048, S=384, heads=2, group=4, width=128, lengt
 # Gold holds the logits of all heads and pairs in float64.
 GPU_TRAINING_LIMITS = Limits(B=2, L=1024, S=1536, heads=2, group=4, width=256, lengths=(1, 5, 64, 65, 130, 257, 1000))
 
+# Cases per stem. The interpreter runs a program in milliseconds, so selections and whole layers get fewer there.
+INTERPRETER_EXAMPLES = {
+    "indexer": 200, "budget": 100, "gates": 200, "attention": 60, "selection": 40, "indexed_selection": 100,
+    "layer": 30, "decode": 60, "attention_backward": 20, "training": 100,
+}  # fmt: skip
+
 SHRINK_SECONDS = 20.0
 
 
