@@ -70,7 +70,7 @@ def small_tiles(width: int = 16) -> Iterator[None]:
             (streamed, "LARGE_CAPACITY", 4 * width),
             (streamed, "LARGEST_CAPACITY", 4 * width),
             (streamed, "MIN_PROGRAMS", 3),
-            (streamed, "CHUNK_BYTES", 512 * width),
+            (streamed, "CHUNK_BYTES", 128 * width),
             (streamed, "SAMPLE_BYTES", 16 * width),
             (streamed, "Z", 0.0),
             (streamed, "launch_thresholds", unlucky_thresholds),
