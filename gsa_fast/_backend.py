@@ -57,7 +57,8 @@ def little_shared_memory(device: torch.device) -> bool:
     """
     if device.type != "cuda":
         return False
-    return torch.cuda.get_device_properties(device).shared_memory_per_block_optin < LARGE_SHARED_MEMORY
+    properties = torch.cuda.get_device_properties(device)
+    return properties.shared_memory_per_block_optin < LARGE_SHARED_MEMORY  # type: ignore[attr-defined]  # not in the stub
 
 
 def _announce_fallback(device: torch.device) -> None:

@@ -26,6 +26,7 @@ import gsa_ref.cases
 ROOT = Path(__file__).parents[2]
 # A fault may make a loop endless. The processor's time, so that a busy machine kills nothing.
 CASE_SECONDS = 40
+LEAST_CASES = 12
 
 
 class Fault(Protocol):
@@ -66,7 +67,7 @@ class Task:
     fault: Fault | None
     cases: tuple[str, ...] = ()
     stems: tuple[str, ...] = ()
-    share: int = 1  # the examples of `verify` are divided by it
+    share: int = 1  # the examples of `verify` are divided by it, down to LEAST_CASES
 
 
 def check_copy(task: Task, folder: Path) -> Outcome:
@@ -106,7 +107,7 @@ def check_copy(task: Task, folder: Path) -> Outcome:
             except Exception as error:  # noqa: BLE001
                 return Outcome("FAIL", f"{type(error).__name__}: {error}".splitlines()[0], text)
         for stem in task.stems:
-            examples = max(1, run.INTERPRETER_EXAMPLES[stem] // task.share)
+            examples = max(LEAST_CASES, run.INTERPRETER_EXAMPLES[stem] // task.share)
             row = run.verify_row(stem, "float32", "cpu", examples, seed=0)
             if row.failed:
                 return Outcome(row.verdict, row.detail.splitlines()[0], row.smallest_failure)
@@ -159,7 +160,7 @@ def run_faults(
     Args:
         faults: those to apply, one at a time.
         known: a case that showed the fault in an earlier run, by the fault's key; it is tried first.
-        share: divides the number of cases that `verify` draws.
+        share: divides the number of cases that `verify` draws, down to LEAST_CASES.
         jobs: processes.
         report: called with every fault and its outcome as soon as there is one.
     """
