@@ -89,12 +89,14 @@ def test_every_fault_changes_its_file_and_has_a_key_of_its_own(keys):
     assert len(keys) == len(set(keys)) >= 40 + 100
 
 
-def test_the_records_hold_every_fault_and_nothing_else(keys):
-    """After a change of a kernel that draws other faults: `make mutants`."""
+def test_the_records_hold_faults_of_the_code_as_it_stands(keys):
+    """If not, a line that was broken has changed since: `make mutants`."""
     fields = ("file", "kernel", "operator", "before", "after", "occurrence")
-    by_hand = {tuple(fault["key"]) for fault in read("hand.json")}
-    generated = {tuple(fault[field] for field in fields) for fault in read("generated.json")}
-    assert by_hand | generated == set(keys)
+    recorded = [tuple(fault["key"]) for fault in read("hand.json")]
+    recorded += [tuple(fault[field] for field in fields) for fault in read("generated.json")]
+    assert len(recorded) == len(set(recorded))
+    assert set(recorded) <= set(keys)
+    assert len(read("generated.json")) >= 100
 
 
 def test_a_fault_survives_if_and_only_if_its_survival_is_explained():
