@@ -316,7 +316,7 @@ def test_tables_of_mutants_show_the_records(tmp_path: Path):
     code = "| <code>x &#124; y</code> | <code>x &lt; y</code> | it is dead code |"
     assert f"| `a_kernel` {code}\n| by hand | a fault by hand |  | because |" in records.mutants_survivors(tmp_path)
     assert records.mutants_count(tmp_path, "generated", "killed") == "2"
-    assert records.mutants_count(tmp_path, "hand", "drawn") == "1"
+    assert records.mutants_count(tmp_path, "hand", "run") == "1"
 
 
 def test_the_table_of_compiled_kernels_shows_the_worst_of_each_target(tmp_path: Path):

@@ -95,9 +95,9 @@ def mutants_survivors(root: Path) -> str:
 
 
 def mutants_count(root: Path, which: str, what: str) -> str:
-    """`{{ mutants_count generated killed }}`: how many faults, "generated" or "hand", are "drawn" or "killed"."""
+    """`{{ mutants_count generated killed }}`: how many faults, "generated" or "hand", were "run" or are "killed"."""
     faults = _list(root, {"generated": GENERATED, "hand": BY_HAND}[which])
-    return str({"drawn": len(faults), "killed": sum(map(_killed, faults))}[what])
+    return str({"run": len(faults), "killed": sum(map(_killed, faults))}[what])
 
 
 def compile_table(root: Path) -> str:
