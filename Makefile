@@ -71,6 +71,7 @@ fuzz: $(VENV)/.dev ## 10,000 calls with bad or odd input; each must end as the c
 
 mutants: $(VENV)/.dev ## apply faults to copies of the kernels; every one must turn a check red
 	$(BIN)/python -m tests.mutants
+	$(BIN)/python -m tests.mutants --generated
 
 # On a GPU the compiler takes most of the time, so more processes help: make gpu JOBS=14. What asks for 4 GiB of memory
 # per test runs alone. The cheap properties run 10,000 examples each.

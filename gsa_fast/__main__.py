@@ -4,6 +4,7 @@ import argparse
 import json
 import os
 import sys
+import time
 from pathlib import Path
 
 import torch
@@ -13,16 +14,12 @@ from gsa_fast._backend import INTERPRETED
 from gsa_fast.bench import decode, prefill, records, train
 from gsa_fast.selection import SIGMOID_MODES
 from gsa_fast.verification import long, long_gradients, run
-from gsa_fast.verification.compile import SHARED_MEMORY_LIMIT, compile_shipped
+from gsa_fast.verification.compile import SHARED_MEMORY_LIMIT, compile_shipped, summary
 from gsa_ref import GSAConfig
 from gsa_ref.cases import Case
 
-# Cases per stem. The interpreter runs a program in milliseconds, so selections and whole layers get fewer there.
+# Cases per stem.
 GPU_EXAMPLES, GPU_QUICK_EXAMPLES = 40, 6
-INTERPRETER_EXAMPLES = {
-    "indexer": 200, "budget": 100, "gates": 200, "attention": 60, "selection": 40, "indexed_selection": 100,
-    "layer": 30, "decode": 60, "attention_backward": 20, "training": 100,
-}  # fmt: skip
 INTERPRETER_QUICK_EXAMPLES = {
     "indexer": 30, "budget": 15, "selection": 8, "indexed_selection": 6, "attention": 8, "gates": 30, "layer": 5,
     "decode": 6, "attention_backward": 3, "training": 6,
@@ -154,7 +151,7 @@ def run_verify(parser: argparse.ArgumentParser, options: argparse.Namespace, com
     if device == "cuda":
         examples = dict.fromkeys(stems, GPU_QUICK_EXAMPLES if options.quick else GPU_EXAMPLES)
     else:
-        examples = INTERPRETER_QUICK_EXAMPLES if options.quick else INTERPRETER_EXAMPLES
+        examples = INTERPRETER_QUICK_EXAMPLES if options.quick else run.INTERPRETER_EXAMPLES
     if options.examples is not None:
         examples = dict.fromkeys(stems, options.examples)
 
@@ -249,14 +246,16 @@ def run_verify_gradients(options: argparse.Namespace, config: GSAConfig, rows: i
 def run_compile(options: argparse.Namespace, command: str) -> int:
     """The `compile` command."""
     targets = options.target or ["sm_80", "sm_90"]
+    started = time.monotonic()
     kernels = compile_shipped(tuple(int(target.removeprefix("sm_")) for target in targets))
+    seconds = time.monotonic() - started
     for k in kernels:
         memory = f"{k.shared_memory:7d} of {k.shared_memory_limit} bytes shared"
         fits = "fits" if k.fits else "DOES NOT FIT"
         print(f"{k.target}  {k.kernel:26s}  {memory}  {k.registers:3d} registers  {k.stack:4d} stack  {fits}")
     if options.json is not None:
-        record = {"suite": "compile", "triton": triton.__version__, "command": command}
-        record["rows"] = [{**k.to_dict(), "fits": k.fits} for k in kernels]
+        record = {"suite": "compile", "triton": triton.__version__, "command": command, "commit": run.commit()}
+        record |= {"seconds": round(seconds), "rows": summary(kernels)}
         options.json.write_text(json.dumps(record, indent=1) + "\n")
     misfits = [k for k in kernels if not k.fits]
     print(f"{len(misfits)} of {len(kernels)} kernel variants do not fit." if misfits else f"All {len(kernels)} fit.")

@@ -14,6 +14,9 @@ KERNEL_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 # Triton reads the variable when a kernel is defined, that is when this package is imported.
 INTERPRETED: bool = knobs.runtime.interpret
 
+# What the largest tiles with all stages of their pipelines need, in bytes, rounded up to a power of two.
+LARGE_SHARED_MEMORY = 131_072
+
 _fallback_announced = False
 
 
@@ -45,6 +48,17 @@ def use_triton(impl: str, **tensors: Tensor | None) -> bool:
                 f"{name}: the kernels take float32, float16 or bfloat16, got {tensor.dtype}; use impl='reference'"
             )
     return True
+
+
+def little_shared_memory(device: torch.device) -> bool:
+    """Whether a thread block gets too little shared memory for the largest tiles with all stages of their pipelines.
+
+    So it is on devices of compute capability 8.6, 8.9 and 12.0 (99 KiB), but not on 8.0, 9.0 and 10.0.
+    """
+    if device.type != "cuda":
+        return False
+    properties = torch.cuda.get_device_properties(device)
+    return properties.shared_memory_per_block_optin < LARGE_SHARED_MEMORY  # type: ignore[attr-defined]  # not in the stub
 
 
 def _announce_fallback(device: torch.device) -> None:

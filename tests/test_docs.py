@@ -370,6 +370,42 @@ def test_missing_verification_record_is_said(tmp_path: Path):
     assert records.verification_table(tmp_path).startswith("No record is stored")
 
 
+def test_tables_of_mutants_show_the_records(tmp_path: Path):
+    (tmp_path / "tests/mutants").mkdir(parents=True)
+    fault = {"kernel": "a_kernel", "operator": "axis", "before": "x | y", "after": "x < y", "stem": "gates"}
+    generated = [fault | {"verdict": verdict} for verdict in ("FAIL", "TIMEOUT", "pass")]
+    survivor = {"name": "a fault by hand", "why": "because"}
+    for path, content in (
+        (records.GENERATED, generated),
+        (records.BY_HAND, [{"stem": "", "verdict": "CRASH"}]),
+        (records.SURVIVORS, [fault | {"why": "it is dead code"}, survivor]),
+    ):
+        (tmp_path / path).write_text(json.dumps(content))
+    assert "| axis | 3 | 2 |\n| all | 3 | 2 |" in records.mutants_by(tmp_path, "operator")
+    assert "| `a_kernel` | 3 | 2 |" in records.mutants_by(tmp_path, "kernel")
+    assert records.mutants_stems(tmp_path).endswith(
+        "| gates | 0 | 0 | 0 | 1 | 0 | 1 |\n| import | 0 | 1 | 0 | 0 | 0 | 0 |"
+    )
+    code = "| <code>x &#124; y</code> | <code>x &lt; y</code> | it is dead code |"
+    assert f"| `a_kernel` {code}\n| by hand | a fault by hand |  | because |" in records.mutants_survivors(tmp_path)
+    assert records.mutants_count(tmp_path, "generated", "killed") == "2"
+    assert records.mutants_count(tmp_path, "hand", "run") == "1"
+
+
+def test_the_table_of_compiled_kernels_shows_the_worst_of_each_target(tmp_path: Path):
+    assert records.compile_table(tmp_path).startswith("No record is stored")
+    row = {"target": "sm_86", "variants": 3, "shared_memory_limit": 101376, "registers": 9, "misfits": []}
+    rows = [
+        row | {"kernel": "a_kernel", "shared_memory": 1000, "stack": 8, "misfits": [{}]},
+        row | {"kernel": "b_repair_kernel", "shared_memory": 2000, "stack": 99, "registers": 255},
+    ]
+    path = tmp_path / records.COMPILED / "some.json"
+    path.parent.mkdir(parents=True)
+    path.write_text(json.dumps({"triton": "3.6.0", "seconds": 90, "rows": rows}))
+    expected = "| sm_86 | 3.6.0 | 6 | 1 | 2,000 of 101,376 (`b_repair_kernel`) | 255 | 8 | 2 |"
+    assert records.compile_table(tmp_path).endswith(expected)
+
+
 def test_verification_table_shows_the_record(tmp_path: Path):
     path = tmp_path / records.VERIFICATION[0]
     path.parent.mkdir(parents=True)

@@ -1,5 +1,7 @@
 """The checks turn red under faults: a sample here, all of them with `make mutants`."""
 
+import ast
+import json
 import shutil
 import subprocess
 import sys
@@ -8,6 +10,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
+RECORDS = ROOT / "tests/mutants"
 SAMPLE = [
     "one key of the future",
     "indexer forgets a head",
@@ -33,16 +36,33 @@ SAMPLE = [
     "selected teacher on empty slots",
     "key gradient keeps the last chunk's slots",
 ]
+GENERATED_SAMPLE = ["apply_gate_kernel", "key_gradients_kernel", "load_row_keys"]
 
 LIST = """
-import pathlib, sys
-from tests.mutants import MUTANTS
-for mutant in MUTANTS:
-    original = (pathlib.Path(sys.argv[1]) / mutant.file).read_text()
-    mutant.apply(pathlib.Path(sys.argv[1]))
-    assert (pathlib.Path(sys.argv[1]) / mutant.file).read_text() != original, mutant.name
-    (pathlib.Path(sys.argv[1]) / mutant.file).write_text(original)
-    print(mutant.name)
+import pathlib, shutil, sys
+from tests.mutants import generated, hand
+package = pathlib.Path(sys.argv[1])
+for fault in [*hand.MUTANTS, *generated.draw(package)]:
+    original = (package / fault.file).read_bytes()
+    fault.apply(package)
+    changed = (package / fault.file).read_bytes()
+    assert changed != original, fault.name
+    compile(changed, fault.file, "exec")
+    (package / fault.file).write_bytes(original)
+    print(repr(fault.key))
+"""
+# A fault that changes nothing, one that shows, one that never ends, and a case that fails on the unchanged copy.
+RUNNER = """
+from tests.mutants import hand, runner
+STORE = "    tl.store(out_ptr + i, (x *"
+comment = hand.Mutant("a comment", "gates", "gates.py", STORE, "    # a comment\\n" + STORE)
+shown = hand.Mutant("no gate", "gates", "gates.py", "x * stable_sigmoid(gate)", "x")
+endless = hand.Mutant("endless", "gates", "gates.py", STORE, "    while True:\\n        pass\\n" + STORE)
+runner.CASE_SECONDS = 2
+outcomes, control = runner.run_faults([comment, shown, endless], {}, 100, 1, lambda *_: None)
+print(*(outcomes[fault.key].verdict for fault in (comment, shown, endless)), control.verdict)
+_, outcome, _ = next(runner.run_in_children([runner.Task(shown, (outcomes[shown.key].case,))], 1))
+print(outcome.verdict)
 """
 
 
@@ -51,20 +71,56 @@ def run(*arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run([sys.executable, *arguments], cwd=ROOT, capture_output=True, text=True, check=False)
 
 
-def test_every_fault_changes_the_one_line_that_it_names(tmp_path):
-    shutil.copytree(ROOT / "gsa_fast", tmp_path / "gsa_fast")
-    done = run("-c", LIST, str(tmp_path / "gsa_fast"))
+def read(name: str) -> list[dict]:
+    return json.loads((RECORDS / name).read_text(encoding="utf-8"))
+
+
+@pytest.fixture(scope="module")
+def keys(tmp_path_factory) -> list[tuple]:
+    """The keys of all faults, each of which changed its file and left Python."""
+    package = tmp_path_factory.mktemp("faults") / "gsa_fast"
+    shutil.copytree(ROOT / "gsa_fast", package)
+    done = run("-c", LIST, str(package))
     assert done.returncode == 0, done.stderr
-    names = done.stdout.splitlines()
-    assert len(names) == len(set(names)) >= 12
+    return [ast.literal_eval(line) for line in done.stdout.splitlines()]
 
 
-@pytest.mark.timeout(1800)  # the unchanged copy runs the checks of every stem, and a fault may end by its own timeout
-def test_a_sample_of_the_faults_turns_verify_red():
-    done = run("-m", "tests.mutants", "--jobs", "1", *(word for name in SAMPLE for word in ("--only", name)))
+def test_every_fault_changes_its_file_and_has_a_key_of_its_own(keys):
+    assert len(keys) == len(set(keys)) >= 40 + 100
+
+
+def test_the_records_hold_faults_of_the_code_as_it_stands(keys):
+    """If not, a line that was broken has changed since: `make mutants`."""
+    fields = ("file", "kernel", "operator", "before", "after", "occurrence")
+    recorded = [tuple(fault["key"]) for fault in read("hand.json")]
+    recorded += [tuple(fault[field] for field in fields) for fault in read("generated.json")]
+    assert len(recorded) == len(set(recorded))
+    assert set(recorded) <= set(keys)
+
+
+def test_a_fault_survives_if_and_only_if_its_survival_is_explained():
+    fields = ("file", "kernel", "operator", "before", "after", "occurrence")
+    survivors = {(fault["key"][0],) for fault in read("hand.json") if fault["verdict"] == "pass"}
+    survivors |= {tuple(f[field] for field in fields) for f in read("generated.json") if f["verdict"] == "pass"}
+    explained = [(e["name"],) if "name" in e else tuple(e[field] for field in fields) for e in read("survivors.json")]
+    assert len(explained) == len(set(explained))
+    assert set(explained) == survivors
+    assert all(len(e["why"]) > 20 for e in read("survivors.json"))
+
+
+@pytest.mark.parametrize(("sample", "options"), [(SAMPLE, ()), (GENERATED_SAMPLE, ("--generated",))])
+def test_a_sample_of_the_faults_turns_verify_red(sample, options):
+    chosen = (word for name in sample for word in ("--only", name))
+    done = run("-m", "tests.mutants", "--jobs", "1", *options, *chosen)
     assert done.returncode == 0, done.stdout + done.stderr
-    assert done.stdout.count("killed") >= len(SAMPLE)
+    assert done.stdout.count("killed") >= len(sample)
     assert "the unchanged copy: pass." in done.stdout
+
+
+def test_the_runner_tells_a_harmless_fault_from_one_that_shows_and_one_that_never_ends():
+    done = run("-c", RUNNER)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split() == ["pass", "FAIL", "TIMEOUT", "pass", "FAIL"]
 
 
 def test_an_unknown_fault_is_refused():

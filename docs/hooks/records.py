@@ -11,6 +11,9 @@ VERIFICATION = (
     "benchmarks/results/h200/verification_decode.json",  # one dtype, many cases
 )
 FUZZING = "benchmarks/results/cpu/fuzzing.json"
+GENERATED, BY_HAND = "tests/mutants/generated.json", "tests/mutants/hand.json"
+SURVIVORS = "tests/mutants/survivors.json"
+COMPILED = "benchmarks/results/compile"
 FIELDS = ("device", "torch", "triton", "command", "seed", "commit")
 COLUMNS = ("stem", "dtype", "cases", "worst_error", "budget", "ratio", "verdict", "longest")
 
@@ -70,3 +73,98 @@ def _cell(value: Any) -> str:
     if value is None or (isinstance(value, float) and math.isnan(value)):
         return "–"
     return f"{value:.3g}" if isinstance(value, float) else str(value)
+
+
+def _rows(header: tuple[str, ...], rows: list[tuple[Any, ...]], left: int = 1) -> str:
+    """A Markdown table; the first `left` columns are text, the others figures."""
+    rule = "|" + "---|" * left + "--:|" * (len(header) - left)
+    return "\n".join(["| " + " | ".join(header) + " |", rule, *("| " + " | ".join(map(str, r)) + " |" for r in rows)])
+
+
+def _code(text: str) -> str:
+    """Code for a cell of a table: on one line, and no bar ends the cell."""
+    return f"<code>{' '.join(text.split()).replace('&', '&amp;').replace('<', '&lt;').replace('|', '&#124;')}</code>"
+
+
+def _list(root: Path, path: str) -> list[dict[str, Any]]:
+    return json.loads((root / path).read_text(encoding="utf-8"))
+
+
+def _killed(fault: dict[str, Any]) -> bool:
+    return fault["verdict"] != "pass"
+
+
+def mutants_by(root: Path, column: str) -> str:
+    """`{{ mutants_by operator }}`: how many generated faults there are and how many a check kills, by a field.
+
+    Raises:
+        KeyError: the record lacks the field.
+    """
+    faults = _list(root, GENERATED)
+    drawn, killed = Counter(f[column] for f in faults), Counter(f[column] for f in faults if _killed(f))
+    rows: list[tuple[Any, ...]] = [(f"`{x}`" if column != "operator" else x, drawn[x], killed[x]) for x in drawn]
+    rows = sorted(rows, key=lambda row: (-row[1], row[0])) if column == "operator" else rows
+    return _rows((column, "faults", "killed"), [*rows, ("all", len(faults), sum(killed.values()))])
+
+
+def mutants_stems(root: Path) -> str:
+    """`{{ mutants_stems }}`: which stem's check killed how many faults, and by which verdict."""
+    faults = [("by hand", f) for f in _list(root, BY_HAND)] + [("generated", f) for f in _list(root, GENERATED)]
+    found = Counter((f["stem"] or "import", kind, f["verdict"]) for kind, f in faults if _killed(f))
+    kinds = [("by hand", "FAIL"), ("by hand", "CRASH"), ("by hand", "TIMEOUT")]
+    kinds += [("generated", verdict) for _, verdict in kinds]
+    stems = sorted({stem for stem, _, _ in found})
+    header = ("stem", *(f"{kind}: {verdict}" for kind, verdict in kinds))
+    return _rows(header, [(stem, *(found[stem, *kind] for kind in kinds)) for stem in stems])
+
+
+def mutants_survivors(root: Path) -> str:
+    """`{{ mutants_survivors }}`: every fault that survives, and why no check can or need see it."""
+    explained = _list(root, SURVIVORS)
+    rows = []
+    for e in explained:
+        if "name" in e:
+            rows.append(("by hand", e["name"], "", e["why"]))
+        else:
+            rows.append((f"`{e['kernel']}`", _code(e["before"]), _code(e["after"]), e["why"]))
+    return _rows(("where", "line", "fault", "why it survives"), rows, left=4)
+
+
+def mutants_count(root: Path, which: str, what: str) -> str:
+    """`{{ mutants_count generated killed }}`: how many faults, "generated" or "hand", were "run" or are "killed"."""
+    faults = _list(root, {"generated": GENERATED, "hand": BY_HAND}[which])
+    return str({"run": len(faults), "killed": sum(map(_killed, faults))}[what])
+
+
+def compile_table(root: Path) -> str:
+    """`{{ compile_table }}`: by target and version of Triton, what the kernels that take most take."""
+    rows = []
+    for path in sorted((root / COMPILED).glob("*.json")):
+        record = json.loads(path.read_text(encoding="utf-8"))
+        for target in dict.fromkeys(row["target"] for row in record["rows"]):
+            found = [row for row in record["rows"] if row["target"] == target]
+            largest = max(found, key=lambda row: row["shared_memory"])
+            rows.append(
+                (
+                    target,
+                    record["triton"],
+                    sum(row["variants"] for row in found),
+                    sum(len(row["misfits"]) for row in found),
+                    f"{largest['shared_memory']:,} of {largest['shared_memory_limit']:,} (`{largest['kernel']}`)",
+                    max(row["registers"] for row in found),
+                    max(row["stack"] for row in found if not row["kernel"].endswith("_repair_kernel")),
+                    f"{record['seconds'] / 60:.0f}",
+                )
+            )
+    if not rows:
+        return f"No record is stored: there is none in `{COMPILED}`."
+    header = ("target", "Triton", "variants", "do not fit", "most shared memory", "registers", "stack", "minutes")
+    return _rows(header, rows, left=2)
+
+
+DIRECTIVES = {
+    f.__name__: f
+    for f in (
+        verification_table, fuzzing_table, mutants_by, mutants_stems, mutants_survivors, mutants_count, compile_table,
+    )
+}  # fmt: skip

@@ -20,7 +20,7 @@ from typing import Any
 import register  # mkdocs loads a hook with its folder on the path
 from claims import claims_list, claims_verdicts
 from learning import DIRECTIVES as LEARNING
-from records import fuzzing_table, verification_table
+from records import DIRECTIVES as RECORDS
 from speed import DIRECTIVES as SPEED
 from speed import table
 
@@ -376,10 +376,9 @@ DIRECTIVES: dict[str, Callable[..., str]] = {
     "fact": fact,
     "fact_table": fact_table,
     "equation_index": equation_index,
-    "verification_table": verification_table,
     "claims_verdicts": claims_verdicts,
     "claims_list": lambda root: expand(root, claims_list(root), "claims.md"),
-    "fuzzing_table": fuzzing_table,
+    **RECORDS,
     **SPEED,
     **LEARNING,
     **register.DIRECTIVES,

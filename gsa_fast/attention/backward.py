@@ -10,6 +10,7 @@ import torch
 import triton
 from torch import Tensor
 
+from gsa_fast import _backend
 from gsa_fast.attention import union, union_hopper
 from gsa_fast.attention.bits import rows_per_chunk, words_of, write_selection_bits
 from gsa_fast.attention.partial_sums import list_parts_kernel, sum_parts_kernel
@@ -72,6 +73,8 @@ def attend_backward(
     dkv = torch.zeros((B, S, 2, H_kv, d_h), dtype=torch.float32, device=device)
     is_float32 = q.dtype == torch.float32
     queries = max(1, FLOAT32_TILE_ROWS // group) if is_float32 else union.queries_per_tile(group)
+    if not is_float32 and block_d > 128 and _backend.little_shared_memory(device):
+        queries = max(1, queries // 2)  # half the rows: with all of them even one stage takes 1 KiB too much
     block_m = max(16, triton.next_power_of_2(queries * group))
     block_n = 32 if is_float32 else union.keys_per_block(block_d, q.dtype)
     capacity = union.largest_union(queries, K, S, block_n)
@@ -94,6 +97,7 @@ def attend_backward(
     on_hopper = union_hopper.serves(q, k, v, do, 1.0, block_m)
     of_tile = {"QUERIES": queries, "GROUP": group, "d_h": d_h, "BLOCK_M": block_m, "BLOCK_N": block_n}
     of_tile |= {"DETERMINISTIC": deterministic}
+    num_stages = 1 if is_float32 or block_d <= 64 else 2
     for first_row in range(0, L, chunk_rows):
         rows = min(chunk_rows, L - first_row)
         tiles = triton.cdiv(rows, queries)
@@ -128,7 +132,7 @@ def attend_backward(
                 union_backward_kernel[(n_tiles * H_kv,)](
                     *tensors, *(stride for x in (q, k, v, do) for stride in x.stride()), *scalars,
                     **of_tile, BLOCK_D=block_d, num_warps=4 if is_float32 else 8,
-                    num_stages=1 if is_float32 or block_d <= 64 else 2,
+                    num_stages=num_stages,
                 )  # fmt: skip
             if deterministic:
                 sum_parts_kernel[(min(SUM_PROGRAMS, B * S),)](

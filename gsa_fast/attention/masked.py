@@ -11,6 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from gsa_fast import _backend
 from gsa_fast.attention.bits import (
     BLOCK_BROKEN,
     attend_nonfinite_rows,
@@ -226,6 +227,8 @@ def attend_masked_tiles(
     constants = {"QUERIES": queries, "GROUP": group, "d_h": d_h, "BLOCK_M": block_m, "BLOCK_N": block_n}
     constants |= {"BLOCK_D": block_d, "OUTPUT_GATE": output_gate_logits is not None}
     num_warps = 8 if block_m * block_d > 64 * 128 or q.dtype == torch.float32 else 4
+    wide = block_d * q.element_size() >= 512
+    num_stages = 2 if wide and _backend.little_shared_memory(device) else 3
     for first_row in range(0, L, chunk_rows):
         rows = min(chunk_rows, L - first_row)
         tiles = triton.cdiv(rows, queries)
@@ -236,7 +239,7 @@ def attend_masked_tiles(
         )  # fmt: skip
         masked_attention_kernel[(B * tiles * H_kv,)](
             *tensors, *strides, first_row, rows, L, S, H_kv, tiles, B * tiles, words, capacity, scale * LOG2_E,
-            **constants, num_warps=num_warps, num_stages=3,
+            **constants, num_warps=num_warps, num_stages=num_stages,
         )  # fmt: skip
         masked_repair_kernel[(triton.cdiv(B * tiles * H_kv, BLOCK_BROKEN),)](
             *tensors, *strides, first_row, rows, L, S, H_kv, tiles, B * tiles, words, capacity, scale * LOG2_E,

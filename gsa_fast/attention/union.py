@@ -11,6 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from gsa_fast import _backend
 from gsa_fast._primitives import popcount
 from gsa_fast.attention import union_hopper
 from gsa_fast.attention.bits import (
@@ -285,7 +286,7 @@ def attend_unions(
             union_hopper.union_hopper_repair_kernel[repairs](*arguments, **options, BLOCK_I=BLOCK_BROKEN)
         else:
             arguments = *tensors, *strides, *sizes_of_chunk
-            stages = pipeline_stages(block_n, block_d, q.dtype)
+            stages = pipeline_stages(block_n, block_d, q.dtype, device)
             union_attention_kernel[(B * tiles * H_kv,)](*arguments, **constants, num_warps=num_warps, num_stages=stages)
             union_repair_kernel[repairs](
                 *arguments, **constants, BLOCK_I=BLOCK_BROKEN, num_warps=num_warps, num_stages=1
@@ -338,6 +339,9 @@ def keys_per_block(block_d: int, dtype: torch.dtype) -> int:
     return max(32, min(64, 16384 // (block_d * dtype.itemsize)))
 
 
-def pipeline_stages(block_n: int, block_d: int, dtype: torch.dtype) -> int:
+def pipeline_stages(block_n: int, block_d: int, dtype: torch.dtype, device: torch.device) -> int:
     """Stages of the loop over keys. K and V of (stages + 1) // 2 blocks are in shared memory at once."""
+    wide = block_d * dtype.itemsize >= 512
+    if wide and _backend.little_shared_memory(device):
+        return 3
     return 5 if 2 * block_n * block_d * dtype.itemsize <= 32768 else 3

@@ -81,8 +81,11 @@ class CompiledKernel:
 
 
 @contextmanager
-def recorded_launches() -> Iterator[list[Launch]]:
+def recorded_launches(little_shared_memory: bool = False) -> Iterator[list[Launch]]:
     """Record launches on CPU tensors instead of running them. Outputs of the functions called inside are undefined.
+
+    Args:
+        little_shared_memory: what the launchers are told of the device (`_backend.little_shared_memory`).
 
     Raises:
         RuntimeError: the process interprets kernels (TRITON_INTERPRET=1), so there is nothing to compile.
@@ -110,7 +113,11 @@ def recorded_launches() -> Iterator[list[Launch]]:
         if launch not in launches:
             launches.append(launch)
 
-    with mock.patch.object(JITFunction, "run", record), mock.patch.object(_backend, "INTERPRETED", True):
+    with (
+        mock.patch.object(JITFunction, "run", record),
+        mock.patch.object(_backend, "INTERPRETED", True),
+        mock.patch.object(_backend, "little_shared_memory", return_value=little_shared_memory),
+    ):
         yield launches
 
 
@@ -257,16 +264,33 @@ def compile_shipped(
     heads: tuple[tuple[int, int], ...] = ((8, 8), (32, 8), (32, 1)),
 ) -> list[CompiledKernel]:
     """Compile every kernel variant that the package ships for these dtypes and head widths, with a progress bar."""
-    with recorded_launches() as launches:
-        for call in shipped_calls(dtypes, head_widths, heads):
-            call()
-    work = [
-        (launch, capability)
-        for capability in capabilities
-        for launch in launches
-        if capability == 90 or not launch.kernel.is_gluon()
-    ]
+    work = []
+    for capability in capabilities:
+        with recorded_launches(SHARED_MEMORY_LIMIT[capability] < _backend.LARGE_SHARED_MEMORY) as launches:
+            for call in shipped_calls(dtypes, head_widths, heads):
+                call()
+        work += [(launch, capability) for launch in launches if capability == 90 or not launch.kernel.is_gluon()]
     return [compile_launch(*item) for item in tqdm(work, unit="kernel", leave=False, disable=None)]
+
+
+def summary(kernels: list[CompiledKernel]) -> list[dict[str, Any]]:
+    """What the variants of each kernel use at most, by target and kernel; those that do not fit one by one."""
+    groups: dict[tuple[str, str], list[CompiledKernel]] = {}
+    for k in kernels:
+        groups.setdefault((k.target, k.kernel), []).append(k)
+    return [
+        {
+            "target": target,
+            "kernel": kernel,
+            "variants": len(group),
+            "shared_memory": max(k.shared_memory for k in group),
+            "shared_memory_limit": group[0].shared_memory_limit,
+            "registers": max(k.registers for k in group),
+            "stack": max(k.stack for k in group),
+            "misfits": [k.to_dict() for k in group if not k.fits],
+        }
+        for (target, kernel), group in sorted(groups.items())
+    ]
 
 
 def _type_of(value: Any) -> str:

@@ -6,6 +6,7 @@ from contextlib import ExitStack, contextmanager
 from typing import Any
 from unittest import mock
 
+import numpy as np
 import torch
 
 from gsa_fast import attention, budget, decode, indexer, selection, training
@@ -17,11 +18,50 @@ from gsa_fast.training import chain, student, teacher
 
 
 def enable_interpreter_checks() -> None:
-    """Make the Triton interpreter raise on int32 overflow and a failed `device_assert`; by default it does neither."""
+    """Make the Triton interpreter raise on int32 overflow, a failed `device_assert` and an address outside all tensors.
+
+    By default it does none of these. Addresses are checked against the storages of the launch's arguments.
+    """
     if INTERPRETED:
         from triton.runtime import interpreter
 
         interpreter.interpreter_builder.options = interpreter.InterpreterOptions(debug=True)
+        if interpreter.GridExecutor._init_args_hst.__module__ != __name__:
+            _check_addresses(interpreter)
+
+
+def _check_addresses(interpreter: Any) -> None:
+    executor, builder = interpreter.GridExecutor, interpreter.InterpreterBuilder
+    init_args, load, store = executor._init_args_hst, builder.create_masked_load, builder.create_masked_store
+    starts = ends = np.zeros(0, np.uint64)
+
+    def init_and_remember(self: Any, args: Any, kwargs: Any) -> Any:
+        nonlocal starts, ends
+        hosts, named_hosts = init_args(self, args, kwargs)
+        tensors = [x for x in (*hosts, *named_hosts.values()) if isinstance(x, torch.Tensor)]
+        storages = {x.untyped_storage().data_ptr(): x.untyped_storage().nbytes() for x in tensors}
+        starts = np.array(sorted(storages), np.uint64)
+        ends = np.array([start + storages[start] for start in sorted(storages)], np.uint64)
+        return hosts, named_hosts
+
+    def check(pointers: Any, mask: Any, what: str) -> None:
+        first = pointers.data[np.broadcast_to(mask.data, pointers.data.shape)]
+        size = np.uint64(max(1, pointers.get_element_ty().primitive_bitwidth // 8))
+        i = np.searchsorted(starts, first, side="right")
+        outside = (i == 0) | (first + size > ends[i - 1])
+        if outside.any():
+            raise IndexError(f"{outside.sum()} of {outside.size} elements {what} lie outside the tensors of the launch")
+
+    def checked_load(self: Any, pointers: Any, mask: Any, *rest: Any) -> Any:
+        check(pointers, mask, "read")
+        return load(self, pointers, mask, *rest)
+
+    def checked_store(self: Any, pointers: Any, value: Any, mask: Any, *rest: Any) -> Any:
+        check(pointers, mask, "written")
+        return store(self, pointers, value, mask, *rest)
+
+    executor._init_args_hst = init_and_remember
+    builder.create_masked_load, builder.create_masked_store = checked_load, checked_store
 
 
 @contextmanager
@@ -70,7 +110,7 @@ def small_tiles(width: int = 16) -> Iterator[None]:
             (streamed, "LARGE_CAPACITY", 4 * width),
             (streamed, "LARGEST_CAPACITY", 4 * width),
             (streamed, "MIN_PROGRAMS", 3),
-            (streamed, "CHUNK_BYTES", 512 * width),
+            (streamed, "CHUNK_BYTES", 128 * width),
             (streamed, "SAMPLE_BYTES", 16 * width),
             (streamed, "Z", 0.0),
             (streamed, "launch_thresholds", unlucky_thresholds),

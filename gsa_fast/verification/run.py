@@ -41,6 +41,12 @@ GPU_LAYER_LIMITS = Limits(B=2, L=2048, S=384, heads=2, group=4, width=128, lengt
 # Gold holds the logits of all heads and pairs in float64.
 GPU_TRAINING_LIMITS = Limits(B=2, L=1024, S=1536, heads=2, group=4, width=256, lengths=(1, 5, 64, 65, 130, 257, 1000))
 
+# Cases per stem. The interpreter runs a program in milliseconds, so selections and whole layers get fewer there.
+INTERPRETER_EXAMPLES = {
+    "indexer": 200, "budget": 100, "gates": 200, "attention": 60, "selection": 40, "indexed_selection": 100,
+    "layer": 30, "decode": 60, "attention_backward": 20, "training": 100,
+}  # fmt: skip
+
 SHRINK_SECONDS = 20.0
 SHARD_CASES = 50
 SHARDS_PER_SEED = 1000
@@ -254,12 +260,12 @@ def record(rows: list[Row], device: str, command: str, seed: int) -> dict[str, A
         "python": platform.python_version(),
         "command": command,
         "seed": seed,
-        "commit": _commit(),
+        "commit": commit(),
         "rows": [asdict(row) for row in rows],
     }
 
 
-def _commit() -> str | None:
+def commit() -> str | None:
     """The commit of the checkout that this file lies in; None for an installed package, or if files were changed."""
 
     def git(*arguments: str) -> str:

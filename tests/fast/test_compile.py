@@ -1,4 +1,4 @@
-"""Every kernel compiles ahead of time and fits sm_80 and sm_90: what the interpreter cannot show."""
+"""Every kernel compiles ahead of time and fits sm_80 and sm_90, the largest tiles also sm_86."""
 
 import os
 import subprocess
@@ -25,6 +25,20 @@ for launch in launches:
     if launch.kernel.__name__ == "shortlist_kernel" and dict(launch.constants)["d_I"] == 64:
         used = [compile_launch(launch, capability) for capability in (80, 90)]
         print(dict(launch.constants)["APPROXIMATE"], dict(launch.options)["maxnreg"], *(k.registers for k in used))
+"""
+# The kernels with the largest tiles, for the widest heads, as they are launched where shared memory is little.
+WIDE = """
+import sys, torch
+from gsa_fast.verification.compile import compile_launch, recorded_launches, shipped_calls
+with recorded_launches(little_shared_memory=True) as launches:
+    for call in shipped_calls((getattr(torch, sys.argv[1]),), (256,), ((32, 8),)):
+        call()
+for launch in launches:
+    name, constants = launch.kernel.__name__, dict(launch.constants)
+    if name in ("masked_attention_kernel", "union_attention_kernel", "union_backward_kernel"):
+        if constants.get("OUTPUT_GATE", constants.get("DETERMINISTIC")):
+            k = compile_launch(launch, 86)
+            print(k.kernel, k.shared_memory, k.fits)
 """
 KERNELS = {
     "apply_gate_backward_kernel",
@@ -99,6 +113,15 @@ def test_every_kernel_compiles_and_fits_sm_80_and_sm_90(dtype):
     expected = KERNELS - (TILES if dtype == "float32" else set())
     found = {(target, kernel) for target, kernel, *_ in lines}
     assert found == {("sm_80", k) for k in expected - HOPPER} | {("sm_90", k) for k in expected}
+    assert [line for line in lines if line[-1] != "True"] == []
+
+
+def test_the_largest_tiles_fit_sm_86():
+    run = compile_sample("float16", WIDE)
+    assert run.returncode == 0, run.stderr
+    lines = [line.split() for line in run.stdout.splitlines()]
+    expected = {"masked_attention_kernel", "union_attention_kernel", "union_backward_kernel"}
+    assert {kernel for kernel, *_ in lines} == expected
     assert [line for line in lines if line[-1] != "True"] == []
 
 

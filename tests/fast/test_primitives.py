@@ -1,6 +1,7 @@
 """Device functions of `_primitives`, against Python's own arithmetic."""
 
 import math
+from contextlib import nullcontext
 
 import numpy as np
 import pytest
@@ -8,6 +9,7 @@ import torch
 import triton
 import triton.language as tl
 
+from gsa_fast._backend import INTERPRETED
 from gsa_fast._primitives import append_entry, count_if, fast_divide, popcount, stable_sigmoid, tanh_approximate
 
 EDGES = [0, 1, -1, 2, -2, 31, 32, 2**31 - 1, -(2**31), -(2**31) + 1, 0x55555555, -0x55555556, 0x0F0F0F0F, 1 << 16]
@@ -17,6 +19,12 @@ EDGES = [0, 1, -1, 2, -2, 31, 32, 2**31 - 1, -(2**31), -(2**31) + 1, 0x55555555,
 def bits_kernel(x_ptr, count_ptr, N: tl.constexpr):
     i = tl.arange(0, N)
     tl.store(count_ptr + i, popcount(tl.load(x_ptr + i)))
+
+
+@triton.jit
+def copy_kernel(x_ptr, out_ptr, read, written, N: tl.constexpr):
+    i = tl.arange(0, N)
+    tl.store(out_ptr + i, tl.load(x_ptr + i, mask=i < read, other=0.0), mask=i < written)
 
 
 @triton.jit
@@ -107,3 +115,14 @@ def test_entries_hold_a_score_above_its_position_and_nothing_else_is_written(ste
         assert (row[:n] & 0xFFFFFFFF).tolist() == (1000 + row_mask.nonzero()[:, 0]).tolist()
         assert (row[:n] >> 32).int().view(torch.float32).tolist() == row_scores[row_mask].tolist()
         assert (row[n:] == -7).all()
+
+
+@pytest.mark.skipif(not INTERPRETED, reason="a device checks no addresses")
+@pytest.mark.parametrize(
+    ("read", "written", "message"), [(8, 7, None), (9, 7, "1 of 9 elements read"), (8, 8, "1 of 8 elements written")]
+)
+def test_an_address_outside_the_tensors_of_a_launch_raises_in_the_interpreter(read, written, message):
+    everything = torch.zeros(64)
+    x, out = everything[:8].clone(), everything[:7].clone()
+    with pytest.raises(Exception, match=f"{message} lie outside") if message else nullcontext():
+        copy_kernel[(1,)](x, out, read, written, N=16)

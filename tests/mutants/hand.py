@@ -1,35 +1,7 @@
-"""Faults for the kernels: each is one changed line in a copy of `gsa_fast`, and `verify` must turn red.
+"""Faults that somebody thought of: each is one changed line in a copy of `gsa_fast`."""
 
-    python -m tests.mutants              all of them, one line each
-    python -m tests.mutants --only NAME  some of them
-
-A check that stays green under a fault checks nothing. Exit status 1 if a fault survives or the unchanged copy fails.
-"""
-
-import argparse
-import importlib
-import multiprocessing
-import os
-import shutil
-import sys
-import tempfile
-import time
-import warnings
 from dataclasses import dataclass
-from multiprocessing import connection
 from pathlib import Path
-from typing import Any
-
-os.environ["TRITON_INTERPRET"] = "1"  # before Triton is imported: the faults are looked for in the interpreter
-
-import torch
-import triton  # noqa: F401  imported once here, inherited by every child
-from tqdm import tqdm
-
-import gsa_ref.cases  # noqa: F401
-
-ROOT = Path(__file__).parents[1]
-TIMEOUT_SECONDS = 120  # a fault may make a loop endless
 
 
 @dataclass(frozen=True)
@@ -41,6 +13,14 @@ class Mutant:
     file: str
     original: str
     fault: str
+
+    @property
+    def stems(self) -> tuple[str, ...]:
+        return (self.stem,)
+
+    @property
+    def key(self) -> tuple[str, ...]:
+        return self.name, self.file, self.original, self.fault
 
     def apply(self, package: Path) -> None:
         path = package / self.file
@@ -417,97 +397,3 @@ MUTANTS = [
         ("gradient ignores the loss's gradient", "(gradient * x).to(dtype)", "x.to(dtype)"),
     ),
 ]  # fmt: skip
-
-
-def check_copy(mutant: Mutant | None) -> tuple[str, str]:
-    """(verdict, detail) of the check on a copy with this fault; None runs every check on an unchanged copy.
-
-    Runs in a fresh child process, which imports the copy under the name gsa_fast.
-    """
-    with tempfile.TemporaryDirectory() as folder:
-        package = Path(folder) / "gsa_fast"
-        shutil.copytree(ROOT / "gsa_fast", package, ignore=shutil.ignore_patterns("__pycache__"))
-        if mutant is not None:
-            mutant.apply(package)
-        sys.path.insert(0, folder)
-        sys.dont_write_bytecode = True
-        warnings.simplefilter("ignore")
-        torch.set_num_threads(1)
-        run = importlib.import_module("gsa_fast.verification.run")
-        main = importlib.import_module("gsa_fast.__main__")
-        interpreter = importlib.import_module("gsa_fast.verification.interpreter")
-        if Path(run.__file__).parents[1] != package:
-            raise RuntimeError(f"expected gsa_fast from {package}, got {run.__file__}")
-        run.SHRINK_SECONDS = 0.0  # any failure will do
-        interpreter.enable_interpreter_checks()
-        stems = run.STEMS if mutant is None else (mutant.stem,)
-        with interpreter.small_tiles():
-            for stem in stems:
-                row = run.verify_row(
-                    stem, "float32", "cpu", main.INTERPRETER_EXAMPLES[stem] // (1 if mutant else 3), seed=0
-                )
-                if row.failed:
-                    return row.verdict, row.detail.splitlines()[0]
-        return "pass", ""
-
-
-def run_in_children(work: list[Mutant | None], jobs: int) -> list[tuple[str, str]]:
-    """`check_copy` for each, in forked processes: a fault may write out of bounds and take its process with it."""
-    context = multiprocessing.get_context("fork")
-    outcomes: dict[int, tuple[str, str]] = {}
-    running: dict[Any, tuple[int, Any, float]] = {}
-
-    def child(pipe: Any, mutant: Mutant | None) -> None:
-        pipe.send(check_copy(mutant))
-
-    waiting = list(enumerate(work))[::-1]
-    with tqdm(total=len(work), unit="fault", leave=False, disable=None) as bar:
-        while waiting or running:
-            while waiting and len(running) < jobs:
-                i, mutant = waiting.pop()
-                receiver, sender = context.Pipe(duplex=False)
-                process = context.Process(target=child, args=(sender, mutant))
-                process.start()
-                sender.close()
-                running[process.sentinel] = (i, (process, receiver), time.monotonic())
-            connection.wait(list(running), timeout=1)
-            for sentinel, (i, (process, receiver), started) in list(running.items()):
-                # The unchanged copy runs the checks of every stem.
-                expired = time.monotonic() - started > TIMEOUT_SECONDS * (10 if work[i] is None else 1)
-                if process.is_alive() and not expired:
-                    continue
-                del running[sentinel]
-                bar.update()
-                if process.is_alive():
-                    process.kill()
-                    outcomes[i] = ("TIMEOUT", f"no verdict after {TIMEOUT_SECONDS} s")
-                    continue
-                try:
-                    outcomes[i] = receiver.recv()
-                except EOFError:  # it died before it could answer
-                    outcomes[i] = ("CRASH", f"the process ended with status {process.exitcode}")
-    return [outcomes[i] for i in range(len(work))]
-
-
-def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m tests.mutants", description=__doc__.splitlines()[0])
-    parser.add_argument("--only", action="append", metavar="NAME", help="faults whose name contains NAME")
-    parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="processes (default: one per core)")
-    options = parser.parse_args(argv)
-    chosen = [m for m in MUTANTS if not options.only or any(part in m.name for part in options.only)]
-    if not chosen:
-        parser.error(f"argument --only: no fault is named like {options.only}")
-    work: list[Mutant | None] = [None, *chosen]
-    control, *outcomes = run_in_children(work, options.jobs)
-    survivors = 0
-    for mutant, (verdict, detail) in zip(chosen, outcomes, strict=True):
-        killed = verdict != "pass"
-        survivors += not killed
-        status = "killed  " if killed else "SURVIVED"
-        print(f"{status}  {mutant.stem:18s} {mutant.name:48s} {detail[:90]}")
-    print(f"\n{len(chosen) - survivors} of {len(chosen)} faults turn `verify` red; the unchanged copy: {control[0]}.")
-    return 1 if survivors or control[0] != "pass" else 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())
