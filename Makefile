@@ -10,7 +10,7 @@ TORCH  ?= torch==2.13.0
 VERIFY ?=
 JOBS   ?= 2
 
-.PHONY: help verify test lint types unit notebooks notebook-outputs docs serve mutants clean
+.PHONY: help verify test lint types unit notebooks notebook-outputs docs serve mutants mutation coverage clean
 .DEFAULT_GOAL := help
 
 help: ## list the targets
@@ -68,5 +68,22 @@ serve: $(VENV)/.dev ## the site at http://127.0.0.1:8000
 mutants: $(VENV)/.dev ## apply faults to copies of the kernels; every one must turn a check red
 	$(BIN)/python -m tests.mutants
 
+# Installed on demand: mutmut is no part of `make test`, and brings a terminal interface along.
+MUTATION ?=
+$(VENV)/.mutation: $(VENV)/.dev
+	$(BIN)/python -m pip install --progress-bar off -q -e '.[mutation]'
+	@touch $@
+
+mutation: $(VENV)/.mutation ## change gsa_ref one expression at a time; its tests must notice (MUTATION="budget rope")
+	$(BIN)/python -m tests.reference_mutants $(MUTATION)
+
+# The reference, and the host code of gsa_fast: kernels are left out, see [tool.coverage] in pyproject.toml.
+coverage: $(VENV)/.mutation ## lines and branches that the tests run
+	$(BIN)/python -m coverage erase
+	$(BIN)/python -m coverage run -m pytest -p no:xdist tests
+	$(BIN)/python -m coverage combine -q
+	$(BIN)/python -m coverage report --include='gsa_ref/*' --fail-under=100
+	$(BIN)/python -m coverage report --include='gsa_fast/*' --fail-under=95
+
 clean: ## remove what the targets above made
-	rm -rf $(VENV) site build *.egg-info .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) site build mutants .coverage* *.egg-info .pytest_cache .mypy_cache .ruff_cache

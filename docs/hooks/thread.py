@@ -18,7 +18,11 @@ from pathlib import Path
 from typing import Any
 
 from learning import DIRECTIVES as LEARNING
-from records import verification_table  # mkdocs loads a hook with its folder on the path
+from records import (  # mkdocs loads a hook with its folder on the path
+    reference_mutants_table,
+    reference_survivors_table,
+    verification_table,
+)
 from speed import DIRECTIVES as SPEED
 
 log = logging.getLogger("mkdocs.hooks.thread")
@@ -354,6 +358,8 @@ DIRECTIVES: dict[str, Callable[..., str]] = {
     "fact": fact,
     "equation_index": equation_index,
     "verification_table": verification_table,
+    "reference_mutants_table": reference_mutants_table,
+    "reference_survivors_table": reference_survivors_table,
     **SPEED,
     **LEARNING,
 }

@@ -291,3 +291,9 @@ def test_the_module_projects_to_one_query_per_head_and_one_key_for_all(rope):
     torch.testing.assert_close(head_logits, h @ module.W_iw.weight.mT)
     assert {name for name, _ in module.named_parameters()} == {"W_iq.weight", "W_ik.weight", "W_iw.weight", "bias"}
     assert not module.bias.any()
+
+
+def test_a_device_without_autocast_needs_none():
+    """The meta device has shapes and no values: a model of any size can be traced there."""
+    tensors = [torch.empty(shape, device="meta") for shape in ((2, 3, 2, 4), (2, 5, 4), (2, 3, 2), (2,))]
+    assert gsa_ref.indexer_scores(*tensors, scale=0.5).shape == (2, 3, 5)
