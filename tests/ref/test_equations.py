@@ -109,6 +109,17 @@ def test_the_gradient_by_hand_is_that_of_the_loss(selection, options):
             assert (high - low) / (2 * step) == pytest.approx(expected[i], abs=1e-9)
 
 
+def test_infinite_logits_give_nan_and_no_warning():
+    """inf − inf is the definition's own answer, not an accident: the tests turn a warning into an error."""
+    k = ATTENTION["k"].copy()
+    k[0] = np.inf
+    out, lse = equations.sparse_attention(np.abs(ATTENTION["q"]), k, draw(6, 2, 4, seed=1), SELECTION)
+    selected = np.array([0 in row for row in SELECTION])
+    assert np.isnan(out[selected]).all()
+    assert np.isnan(lse[selected]).all()
+    assert np.isfinite(out[~selected]).all()
+
+
 def test_without_a_valid_row_loss_and_gradient_are_zero():
     nothing = {**ATTENTION, "indexer_scale": 0.4, "selection": [np.array([], np.int64)] * 5}
     assert equations.indexer_kl_loss(**INDEXER, **nothing) == 0.0
