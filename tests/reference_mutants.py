@@ -2,6 +2,7 @@
 
     python -m tests.reference_mutants                every module that has no result yet
     python -m tests.reference_mutants budget rope    these modules, from the beginning
+    python -m tests.reference_mutants --survivors    what survived, against tests that were added since
     python -m tests.reference_mutants --report       run nothing: the record of the results in `mutants/`
 
 A mutant is one changed expression of one function. mutmut (`[tool.mutmut]` in pyproject.toml) writes all of them into
@@ -43,6 +44,7 @@ PYTEST = [
 ]
 CPU_SECONDS = 60  # a mutant may loop for ever
 KILLED, SURVIVED, TIMED_OUT = "killed", "survived", "timeout"
+DEAD = (KILLED, TIMED_OUT)
 
 
 @dataclass(frozen=True)
@@ -68,6 +70,30 @@ EXPLAINED: tuple[Explanation, ...] = (
         r"equations\.gates\.apply_gate",
         r"np\.asarray\(x, (None)?\)",
         "the product with the sigmoid, which is float64, is float64 anyway",
+    ),
+    Explanation(
+        EQUIVALENT,
+        r"equations\.rope\.apply_rope",
+        r"i - half\]",
+        "i − d/2 counts from the end, and names the channel i + d/2",
+    ),
+    Explanation(
+        EQUIVALENT,
+        r"equations\.indexer\.indexer_scores",
+        r"np\.asarray\([qk]_idx, (None)?\)",
+        "the product of a narrow array and a float64 one is computed in float64",
+    ),
+    Explanation(
+        EQUIVALENT,
+        r"equations\.indexer\.indexer_scores",
+        r"\+ n_valid = min\(start \+ t \+ 1, S\)",
+        "where start + t < length, start + t + 1 is at most length",
+    ),
+    Explanation(
+        EQUIVALENT,
+        r"equations\.training\.indexer_kl_gradient",
+        r"len\(over\) == 1",
+        "with one position softmax and teacher are both 1: the gradient is 0 either way; with none the sums are empty",
     ),
     Explanation(
         EQUIVALENT,
@@ -125,8 +151,10 @@ class Fastest:
         items.sort(key=lambda item: self.seconds.get(item.nodeid, 0.0))
 
 
-def run_module(module: str, jobs: int, afresh: bool) -> None:
-    """Run the tests of a module on each of its mutants, and store the exit codes beside the mutants.
+def run_module(module: str, jobs: int, which: str) -> None:
+    """Run the tests of a module on its mutants, and store the exit codes beside the mutants.
+
+    `which` says whether mutants that have a result run again: "all", the "survivors", or none of them ("new").
 
     Runs in a process of its own: it imports the copy under the name gsa_ref.
 
@@ -135,10 +163,16 @@ def run_module(module: str, jobs: int, afresh: bool) -> None:
     """
     from mutmut.mutation.data import SourceFileMutationData
     from mutmut.mutation.trampoline import set_mutant_under_test
+    from mutmut.stats import status_by_exit_code
 
     data = SourceFileMutationData(path=source(module))
     data.load()
-    waiting = [name for name, code in data.exit_code_by_key.items() if afresh or code is None]
+    again = {
+        "all": lambda _: True,
+        "survivors": lambda code: status_by_exit_code[code] not in DEAD,
+        "new": lambda _: False,
+    }
+    waiting = [name for name, code in data.exit_code_by_key.items() if code is None or again[which](code)]
     os.chdir(ROOT / "mutants")
     sys.path[:] = [os.getcwd(), *(path for path in sys.path if path and Path(path) != ROOT)]
     sys.modules.pop("tests", None)  # of the root, from which this file was run
@@ -174,7 +208,7 @@ def run_module(module: str, jobs: int, afresh: bool) -> None:
         os.chdir(ROOT / "mutants")
 
 
-def run_modules(chosen: Iterable[str], jobs: int, afresh: bool) -> None:
+def run_modules(chosen: Iterable[str], jobs: int, which: str) -> None:
     """`run_module` for each, in a process each.
 
     Raises:
@@ -186,7 +220,7 @@ def run_modules(chosen: Iterable[str], jobs: int, afresh: bool) -> None:
         if (child := os.fork()) == 0:
             status = 1
             try:
-                run_module(module, jobs, afresh)
+                run_module(module, jobs, which)
                 status = 0
             except Exception:  # noqa: BLE001  said here, and by the exit status
                 traceback.print_exc()
@@ -224,7 +258,7 @@ def results(module: str) -> dict[str, Any] | None:
         return None
     survivors = []
     for name, status in statuses.items():
-        if status in (KILLED, TIMED_OUT):
+        if status in DEAD:
             continue
         diff = [line for line in get_diff_for_mutant(name, path=data.path).splitlines() if re.match(r"[-+] ", line)]
         found = explain(name, diff)
@@ -247,6 +281,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument(
         "modules", nargs="*", metavar="MODULE", help="modules of gsa_ref, such as budget (default: all)"
     )
+    parser.add_argument("--survivors", action="store_true", help="of what has been run, run again what survived")
     parser.add_argument("--report", action="store_true", help="write the record of what has been run, and run nothing")
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="processes (default: one per core)")
     options = parser.parse_args(argv)
@@ -256,7 +291,8 @@ def main(argv: list[str] | None = None) -> int:
     if not options.report:
         os.environ["HYPOTHESIS_PROFILE"] = "mutation"
         make_mutants()
-        run_modules(options.modules or modules(), options.jobs, afresh=bool(options.modules))
+        which = "survivors" if options.survivors else "all" if options.modules else "new"
+        run_modules(options.modules or modules(), options.jobs, which)
     rows = [row for module in modules() if (row := results(module)) is not None]
     record = {
         "command": COMMAND,

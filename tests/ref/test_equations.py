@@ -109,6 +109,13 @@ def test_the_gradient_by_hand_is_that_of_the_loss(selection, options):
             assert (high - low) / (2 * step) == pytest.approx(expected[i], abs=1e-9)
 
 
+def test_queries_behind_the_last_key_see_all_keys():
+    """As the bounds of `gsa_ref.check` ask for: nothing is masked."""
+    scores = equations.indexer_scores(**INDEXER, scale=0.5, start=6, length=11)
+    assert np.isfinite(scores).all()
+    assert same(scores[:, 0], equations.indexer_scores(**INDEXER, scale=0.5)[:, 0])
+
+
 def test_infinite_logits_give_nan_and_no_warning():
     """inf − inf is the definition's own answer, not an accident: the tests turn a warning into an error."""
     k = ATTENTION["k"].copy()
@@ -118,6 +125,23 @@ def test_infinite_logits_give_nan_and_no_warning():
     assert np.isnan(out[selected]).all()
     assert np.isnan(lse[selected]).all()
     assert np.isfinite(out[~selected]).all()
+
+
+@pytest.mark.parametrize(
+    ("variance", "mean", "rule", "expected"),
+    [
+        (np.inf, np.inf, "proportional", 4),  # undefined: the ratio is 1
+        (np.inf, np.inf, "inverse", 4),
+        (1e300, 1e-300, "proportional", 6),  # overflows to inf, and is clamped
+        (0.0, 1.0, "inverse", 6),
+        (0.0, 1.0, "proportional", 2),
+    ],
+)
+def test_extreme_variances_give_an_int32_budget_and_no_warning(variance, mean, rule, expected):
+    sizes = {"k_base": 4, "k_min": 2, "k_max": 6, "rule": rule}
+    budget = equations.token_budget(np.array([variance]), mean, np.array([9]), **sizes)
+    assert budget.dtype == np.int32
+    assert budget.tolist() == [expected]
 
 
 def test_without_a_valid_row_loss_and_gradient_are_zero():
