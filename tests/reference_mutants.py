@@ -91,6 +91,19 @@ EXPLAINED: tuple[Explanation, ...] = (
     ),
     Explanation(
         EQUIVALENT,
+        r"equations\.selection\.select_tokens",
+        r"or True else 0\.0, s|else 1\.0, s",
+        "among NaN scores no value ranks before another, and the sort is stable",
+    ),
+    Explanation(
+        EQUIVALENT,
+        r"indexer\.indexer_scores",
+        r"\+ (scores = torch\.zeros|z = .*\.to\(None\))",
+        "the sum with the first head's term has its dtype and shape, and there is a head",
+    ),
+    Explanation(EQUIVALENT, r"indexer\.LightningIndexer\.__init__", r"bias=None", "None is as false as False"),
+    Explanation(
+        EQUIVALENT,
         r"equations\.training\.indexer_kl_gradient",
         r"len\(over\) == 1",
         "with one position softmax and teacher are both 1: the gradient is 0 either way; with none the sums are empty",

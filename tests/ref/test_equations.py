@@ -109,6 +109,14 @@ def test_the_gradient_by_hand_is_that_of_the_loss(selection, options):
             assert (high - low) / (2 * step) == pytest.approx(expected[i], abs=1e-9)
 
 
+def test_a_selection_is_int64_also_where_it_is_empty_and_wants_a_budget_for_every_row():
+    rows = equations.select_tokens(np.array([[1.0, 2.0], [1.0, 2.0]]), np.array([0, 1]))
+    assert [row.tolist() for row in rows] == [[], [1]]
+    assert all(row.dtype == np.int64 for row in rows)
+    with pytest.raises(ValueError, match="shorter"):
+        equations.select_tokens(np.array([[1.0, 2.0], [1.0, 2.0]]), np.array([1]))
+
+
 def test_queries_behind_the_last_key_see_all_keys():
     """As the bounds of `gsa_ref.check` ask for: nothing is masked."""
     scores = equations.indexer_scores(**INDEXER, scale=0.5, start=6, length=11)
