@@ -273,13 +273,14 @@ def results(module: str) -> dict[str, Any] | None:
     for name, status in statuses.items():
         if status in DEAD:
             continue
-        diff = [line for line in get_diff_for_mutant(name, path=data.path).splitlines() if re.match(r"[-+] ", line)]
+        lines = get_diff_for_mutant(name, path=data.path).splitlines()
+        diff = [" ".join(line.split()) for line in lines if re.match(r"[-+] ", line)]
         found = explain(name, diff)
         survivors.append(
             {
                 "mutant": name.removeprefix("gsa_ref."),
                 "status": status,
-                "diff": [re.sub(r"\s+", " ", line) for line in diff],
+                "diff": diff,
                 "kind": found.kind if found else None,
                 "why": found.why if found else None,
             }
