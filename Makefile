@@ -11,7 +11,7 @@ VERIFY ?=
 FUZZ   ?=
 JOBS   ?= 2
 
-.PHONY: help verify test lint types unit notebooks notebook-outputs docs serve fuzz mutants gpu clean
+.PHONY: help verify test lint types unit notebooks notebook-outputs docs serve fuzz mutants mutation coverage gpu clean
 .DEFAULT_GOAL := help
 
 help: ## list the targets
@@ -90,5 +90,22 @@ gpu: $(VENV)/.dev ## the checks that need a GPU, with their records (JOBS=14, RE
 	  $(SANITIZER) --tool $$tool --error-exitcode 1 $(BIN)/python -m gsa_fast verify --dtype bfloat16 --examples 2 || exit 1; \
 	done
 
+# Installed on demand: mutmut is no part of `make test`, and brings a terminal interface along.
+MUTATION ?=
+$(VENV)/.mutation: $(VENV)/.dev
+	$(BIN)/python -m pip install --progress-bar off -q -e '.[mutation]'
+	@touch $@
+
+mutation: $(VENV)/.mutation ## change gsa_ref one expression at a time; its tests must notice (MUTATION="budget rope")
+	$(BIN)/python -m tests.reference_mutants $(MUTATION)
+
+# The reference, and the host code of gsa_fast: kernels are left out, see [tool.coverage] in pyproject.toml.
+coverage: $(VENV)/.mutation ## lines and branches that the tests run
+	$(BIN)/python -m coverage erase
+	$(BIN)/python -m coverage run -m pytest -p no:xdist tests
+	$(BIN)/python -m coverage combine -q
+	$(BIN)/python -m coverage report --include='gsa_ref/*' --fail-under=100
+	$(BIN)/python -m coverage report --include='gsa_fast/*' --fail-under=95
+
 clean: ## remove what the targets above made
-	rm -rf $(VENV) site build *.egg-info .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) site build mutants .coverage* *.egg-info .pytest_cache .mypy_cache .ruff_cache

@@ -381,7 +381,7 @@ def kl_tolerance(
         return tolerance
     over = over[rows]
     n = over.sum(-1)[:, None]  # [rows, 1]
-    roundings = gamma(n + 24)
+    roundings = np.array([gamma(int(i) + 24) for i in n[:, 0]])[:, None]
 
     def softmax(x: np.ndarray, delta: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Weights, lse and ρ of masked logits within delta, a number per row."""
@@ -414,7 +414,7 @@ def kl_tolerance(
     log_p = np.log(np.where(p > 0, p, 1))
     per_key = rho * (np.abs(log_p - x + lse) + 1) + delta_x + lambda_ + 2.0**-21
     per_key += (roundings + 8 * u) * (np.abs(log_p) + np.abs(x) + np.abs(lse))
-    tolerance["loss"] = temperature * (p * per_key).sum()
+    tolerance["loss"] = np.asarray(temperature * (p * per_key).sum())
 
     gradient = np.where(over, student - p, 0)
     delta_gradient = np.where(over, student * np.expm1(delta_x + lambda_ + 4 * u * np.abs(x)) + p * rho, 0)

@@ -1,9 +1,9 @@
-"""Hypothesis profiles, chosen by HYPOTHESIS_PROFILE: `ci` (the default), `thorough` and `gpu`."""
+"""Hypothesis profiles, chosen by HYPOTHESIS_PROFILE: `ci` (the default), `thorough`, `gpu` and `mutation`."""
 
 import os
 
 import torch
-from hypothesis import HealthCheck, settings
+from hypothesis import HealthCheck, Phase, settings
 
 settings.register_profile(
     "ci",
@@ -15,6 +15,10 @@ settings.register_profile(
 )
 settings.register_profile("thorough", settings.get_profile("ci"), derandomize=False, max_examples=1000)
 settings.register_profile("gpu", settings.get_profile("ci"), derandomize=False, max_examples=10_000)
+# Few examples, none of which is shrunk or kept: a mutant is a process of its own, and any failure will do.
+settings.register_profile(
+    "mutation", settings.get_profile("ci"), max_examples=10, database=None, phases=[Phase.explicit, Phase.generate]
+)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
 
 torch.set_num_threads(1)  # the tensors are tiny, and the tests run in several processes

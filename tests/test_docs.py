@@ -441,6 +441,31 @@ def test_fuzzing_table_sums_the_record_and_says_if_there_is_none(tmp_path: Path)
     assert table.endswith(": dtype.")
 
 
+def test_the_tables_of_the_reference_s_mutants_show_the_record(tmp_path: Path):
+    for table in (records.reference_mutants_table, records.reference_survivors_table):
+        assert table(tmp_path).startswith("No record is stored")
+    survivors = [{"kind": "equivalent", "why": "e is 1"}] * 2 + [{"kind": None, "why": None}]
+    rows = [
+        {"module": "gates", "mutants": 40, "killed": 36, "timeout": 1, "survived": 3, "survivors": survivors},
+        {"module": "rope", "mutants": 10, "killed": 10, "timeout": 0, "survived": 0, "survivors": []},
+    ]
+    record = dict.fromkeys(("tool", "python", "torch", "command"), "x") | {"modules": rows, "not_run": ["layer"]}
+    path = tmp_path / records.REFERENCE_MUTANTS
+    path.parent.mkdir(parents=True)
+    path.write_text(json.dumps(record))
+    table = records.reference_mutants_table(tmp_path)
+    assert "| `gsa_ref.gates` | 40 | 37 | 92.5% | 3 | 2 |" in table
+    assert "| **all of these** | 50 | 47 | 94.0% | 3 | 2 |" in table
+    assert "Without a result: `gsa_ref.layer`." in table
+    reasons = records.reference_survivors_table(tmp_path)
+    assert "| equivalent | 2 | e is 1 |" in reasons
+    assert "| open | 1 | a gap in the tests of the module |" in reasons
+    del rows[0]["timeout"]
+    path.write_text(json.dumps(record))
+    with pytest.raises(KeyError, match="timeout"):
+        records.reference_mutants_table(tmp_path)
+
+
 ENVIRONMENT = {
     "device": "some device", "torch": "2", "triton": "3", "seed": 0, "commit": None, "command": "bench"
 }  # fmt: skip

@@ -1,4 +1,4 @@
-"""The checks turn red under faults: a sample here, all of them with `make mutants`."""
+"""The checks turn red under faults: a sample here, all with `make mutants` and, for the reference, `make mutation`."""
 
 import ast
 import json
@@ -8,6 +8,8 @@ import sys
 from pathlib import Path
 
 import pytest
+
+from tests import reference_mutants
 
 ROOT = Path(__file__).parents[1]
 RECORDS = ROOT / "tests/mutants"
@@ -127,3 +129,33 @@ def test_an_unknown_fault_is_refused():
     done = run("-m", "tests.mutants", "--only", "no such fault")
     assert done.returncode == 2
     assert "argument --only" in done.stderr
+
+
+# ---- mutants of the reference ----------------------------------------------------------------------------------------
+
+
+def test_every_module_of_the_reference_has_tests_of_its_own():
+    modules = reference_mutants.modules()
+    assert {"budget", "equations.budget", "_arguments"} <= set(modules)
+    for module in modules:
+        own = [path for path in reference_mutants.tests_of(module) if not path.endswith("test_functions.py")]
+        assert own, module
+
+
+@pytest.mark.parametrize(
+    ("mutant", "change", "kind"),
+    [
+        ("gsa_ref.equations.gates.x_sigmoid__mutmut_17", "+ return np.where(x > 0, 1.0, e) / (1.0 + e)", "equivalent"),
+        ("gsa_ref.equations.gates.x_sigmoid__mutmut_16", "+ return np.where(x >= 1, 1.0, e) / (1.0 + e)", None),
+        ("gsa_ref.gates.x_sigmoid__mutmut_17", "+ return np.where(x > 0, 1.0, e) / (1.0 + e)", None),
+    ],
+)
+def test_an_explanation_fits_one_function_and_one_change(mutant, change, kind):
+    found = reference_mutants.explain(mutant, ["- return something", change])
+    assert (found and found.kind) == kind
+
+
+def test_an_unknown_module_is_refused(capsys):
+    with pytest.raises(SystemExit, match="2"):
+        reference_mutants.main(["budgets"])
+    assert "argument MODULE: expected one of _arguments, attention, budget" in capsys.readouterr().err

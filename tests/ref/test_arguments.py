@@ -637,3 +637,38 @@ def test_checks_read_metadata_only(function):
     if "selection" in values:
         values["indices"], values["counts"] = values.pop("selection")
     CHECKS[function](**{n: x.to("meta") if isinstance(x, torch.Tensor) else x for n, x in values.items()})
+
+
+DECODE = {
+    **INDEXER,
+    **{name: VALID["sparse_attention"][name] for name in ("q", "k", "v", "scale", "output_gate_logits")},
+    "start": 2,
+    "lengths": None,
+}
+
+
+def test_the_check_of_a_decode_step_reads_metadata_only():
+    values = {**DECODE, "lengths": ints(2), "scale": 0.5, "output_gate_logits": zeros(2, 3, 4, 4)}
+    arguments.check_decode_arguments(
+        **{n: x.to("meta") if isinstance(x, torch.Tensor) else x for n, x in values.items()}
+    )
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "exception"),
+    [
+        ("q_idx", zeros(2, 4, 2, 4), ValueError),
+        ("start", -1, ValueError),
+        ("lengths", ints(3), ValueError),
+        ("q", zeros(2, 4, 4, 4), ValueError),
+        ("k", zeros(2, 6, 2, 4), ValueError),
+        ("v", zeros(2, 5, 2, 4, dtype=torch.float16), TypeError),
+        ("scale", math.nan, ValueError),
+        ("output_gate_logits", zeros(2, 3, 4, 5), ValueError),
+        ("output_gate_logits", zeros(2, 3, 4, 4, device="meta"), ValueError),
+    ],
+)
+def test_the_check_of_a_decode_step_holds_its_two_halves_against_one_another(name, value, exception):
+    arguments.check_decode_arguments(**DECODE)
+    with pytest.raises(exception, match="expected"):
+        arguments.check_decode_arguments(**{**DECODE, name: value})

@@ -303,3 +303,15 @@ def test_gates_do_not_change_what_else_a_case_draws(case: AttentionCase):
     bare = dataclasses.replace(case, value_gate=False, output_gate=False)
     for name in ("q", "k", "v"):
         assert torch.equal(case.arguments()[name], bare.arguments()[name])
+
+
+@given(STRATEGIES["attention_backward"]("float32", Limits()))
+def test_the_output_gradients_of_a_case_have_the_shapes_of_the_outputs(case):
+    """dlse, which a caller that drops lse does not give, is 0 unless the case asks for it."""
+    arguments = case.arguments()
+    dout, dlse = case.output_gradients()
+    assert dout.shape == arguments["q"].shape
+    assert dout.dtype == arguments["q"].dtype
+    assert dlse.shape == dout.shape[:-1]
+    assert dlse.dtype == torch.float32
+    assert bool(dlse.any()) == (case.lse_gradient and dlse.numel() > 0)

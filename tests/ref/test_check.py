@@ -11,7 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gsa_ref import check, equations
+from gsa_ref import Selection, check, equations, indexer_kl_loss
 from gsa_ref.cases import DTYPES, IndexerCase, Limits, gate_cases, indexer_cases
 from tests.strategies import SEEDS
 
@@ -103,6 +103,25 @@ def test_the_tolerance_is_small_where_the_scores_are_well_conditioned(case: Inde
         assert (tolerance <= 1e-3 * case.H_I).all()
 
 
+@pytest.mark.parametrize(("scale", "size"), [(0.3, 1.0), (-0.5, 1.0), (0.3, 1e4)])
+def test_the_score_tolerance_is_the_sum_of_its_terms(scale, size):
+    """Entry by entry, in plain numbers: a bound with a lost term or a smaller constant may hold on every sample."""
+    rng = np.random.default_rng(0)
+    q, k, w, b = (rng.standard_normal(shape) for shape in ((2, 3, 5), (4, 5), (2, 3), (3,)))
+    q, u = size * q, 2.0**-24
+    for mode, delta in (("exact", 8 * u), ("approximate", 2.0**-12)):
+        tolerance = check.score_tolerance(q, k, w, b, scale=scale, sigmoid_mode=mode, quantisation=1e-5)
+        for t, s in itertools.product(range(2), range(4)):
+            weight = [1 / (1 + math.exp(-w[t, j])) for j in range(3)]
+            expected = 1e-5 + 6 * u / (1 - 6 * u) * sum(weight)  # γ_{2 H_I}
+            for j in range(3):
+                products = [float(q[t, j, c] * k[s, c]) for c in range(5)]
+                delta_z = abs(scale) * 9 * u / (1 - 9 * u) * sum(abs(p) for p in products)  # γ_{d_I + 4}
+                delta_z += 2 * u * (abs(scale * sum(products) + b[j]) + abs(b[j]))
+                expected += weight[j] * (min(delta_z / 4, 1) + delta) + delta
+            assert tolerance[t, s] == pytest.approx(expected, rel=1e-9)
+
+
 def test_quantisation_adds_to_the_tolerance():
     x = np.ones((1, 1, 4)), np.ones((3, 4)), np.ones((1, 1)), np.ones(1)
     plain = check.score_tolerance(*x, scale=0.5)
@@ -191,6 +210,16 @@ def test_the_variance_interval_holds_the_extremes_that_the_tolerance_allows(std,
     assert low[0] <= max(std - tolerance, 0) ** 2
     assert high[0] >= (std + tolerance) ** 2
     assert high[0] - low[0] <= 5 * (std + 1) * (tolerance + (n / 16 + 24) * 2.0**-22 * (largest + std))
+
+
+def test_the_variance_interval_is_its_formula_in_plain_numbers():
+    u = 2.0**-24
+    for variance, tolerance, largest, n in ((0.25, 1e-3, 2.0, 320), (1e-8, 1e-3, 0.5, 1), (4.0, 0.0, 8.0, 10**6)):
+        relative = (n / 16 + 24) * u
+        slack = tolerance + 2 * relative * largest
+        low, high = check.variance_interval(*(np.array([x]) for x in (variance, tolerance, largest, n)))
+        assert low[0] == pytest.approx(max(variance**0.5 - slack, 0) ** 2 * (1 - 2 * relative), rel=1e-9)
+        assert high[0] == pytest.approx((variance**0.5 + slack) ** 2 * (1 + 2 * relative), rel=1e-9)
 
 
 @given(
@@ -348,9 +377,35 @@ def test_online_softmax_in_float32_lies_within_the_attention_tolerance(seed, n, 
     assert abs(float(lse) - gold_lse[0, 0]) <= lse_tolerance[0, 0]
 
 
-def test_the_attention_tolerance_of_an_empty_row_is_zero():
-    x = np.ones((1, 1, 2))
-    assert not any(bound.any() for bound in check.attention_tolerance(x, x, x, [np.array([], int)], torch.float32))
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_the_attention_tolerance_is_its_formula_in_plain_numbers(dtype):
+    """Four query heads on two key heads, and rows of 0, 1, 17 and 32 keys."""
+    rng = np.random.default_rng(0)
+    q, k, v = (rng.standard_normal(shape) for shape in ((4, 4, 6), (40, 2, 6), (40, 2, 6)))
+    selection = [np.sort(rng.permutation(40)[:n]) for n in (0, 1, 17, 32)]
+    u, u32 = torch.finfo(dtype).eps / 2, 2.0**-24
+    tiny = torch.finfo(dtype).smallest_normal * u  # half of the smallest subnormal
+
+    def gamma(n: int) -> float:
+        return n * u32 / (1 - n * u32)
+
+    out, lse = check.attention_tolerance(q, k, v, selection, dtype)
+    assert not out[0].any()
+    assert not lse[0].any()
+    for t, h in itertools.product((1, 2, 3), range(4)):
+        keys, values = k[selection[t], h // 2], v[selection[t], h // 2]
+        n = len(keys)
+        logits = [float(key @ q[t, h]) / 6**0.5 for key in keys]
+        total = sum(math.exp(x) for x in logits)
+        delta = gamma(8) * max(float(np.abs(key) @ np.abs(q[t, h])) for key in keys) / 6**0.5  # γ_{d_h + 2}
+        spread = max(logits) - min(logits)
+        rho = math.exp(2 * delta) - 1 + (n // 16 + 3) * (6 + spread) * u32 + gamma(n + 1)
+        expected = delta + rho + 4 * u32 * max(abs(math.log(total)), 1)
+        assert lse[t, h] == pytest.approx(expected, rel=1e-6)
+        for c in range(6):
+            mean = sum(math.exp(x) / total * abs(value[c]) for x, value in zip(logits, values, strict=True))
+            expected = (2 * rho + 2 * u) * mean + n * tiny * float(np.abs(values[:, c]).max())
+            assert out[t, h, c] == pytest.approx(expected, rel=1e-6)
 
 
 @given(gate_cases("float32", Limits()), st.sampled_from((torch.float32, torch.float16, torch.bfloat16)))
@@ -359,6 +414,152 @@ def test_gates_in_float32_lie_within_the_gate_tolerance(case, dtype):
     out = (x * torch.sigmoid(gate)).to(dtype).double().numpy()
     gold = equations.apply_gate(x.numpy(), gate.numpy())
     assert (np.abs(out - gold) <= check.gate_tolerance(gold, gate.double().numpy(), dtype)).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_gate_tolerance_is_its_formula_in_plain_numbers(dtype):
+    u, u32, normal = torch.finfo(dtype).eps / 2, 2.0**-24, torch.finfo(dtype).smallest_normal
+    logits = np.array([0.0, 3.0, -85.0, -math.inf, math.inf])
+    gold = np.array([1.5, -2.0, 1e-30, 0.0, 4.0])
+    expected = [
+        ((abs(g) + 11) * u32 + u + 2.0**-126 * (1 + math.exp(-g))) * abs(x) + normal * u
+        for g, x in zip(logits[:3], gold[:3], strict=True)
+    ]
+    expected += [normal * u, u * 4 + normal * u]  # an infinite logit: 0 or x itself, rounded
+    assert check.gate_tolerance(gold, logits, dtype) == pytest.approx(expected, rel=1e-9, abs=0)
+
+
+# --- tolerances of gradients --------------------------------------------------------------------------------------
+
+
+def random_mask(rng: np.random.Generator, L: int, S: int) -> np.ndarray:
+    """What the rows run over; the first row over nothing, and the last key in no row."""
+    mask = rng.random((L, S)) < 0.6
+    mask[0], mask[:, -1] = False, False
+    return mask
+
+
+def attention_gradients(
+    arrays: dict[str, np.ndarray], selected: np.ndarray, dtype: torch.dtype
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """dq, dk and dv by autograd, through masked logits."""
+    q, k, v, do, dlse = (torch.from_numpy(arrays[name]).to(dtype) for name in ("q", "k", "v", "do", "dlse"))
+    inputs = [x.requires_grad_() for x in (q, k, v)]
+    group = q.shape[1] // k.shape[1]
+    logits = torch.einsum("lhd,shd->lhs", q, k.repeat_interleave(group, 1)) * q.shape[-1] ** -0.5
+    rows = torch.from_numpy(selected.any(1))
+    logits = logits[rows].masked_fill(~torch.from_numpy(selected[selected.any(1)])[:, None], -torch.inf)
+    out = torch.einsum("lhs,shd->lhd", logits.softmax(-1), v.repeat_interleave(group, 1))
+    total = (out * do[rows]).sum() + (logits.logsumexp(-1) * dlse[rows]).sum()
+    dq, dk, dv = (x.double().numpy() for x in torch.autograd.grad(total, inputs))
+    return dq, dk, dv
+
+
+def gradient_arrays(rng: np.random.Generator, L: int, S: int, d_h: int, size: float) -> dict[str, np.ndarray]:
+    shapes = {"q": (L, 4, d_h), "k": (S, 2, d_h), "v": (S, 2, d_h), "do": (L, 4, d_h), "dlse": (L, 4)}
+    return {name: (size * rng.standard_normal(shape)).astype(F32) for name, shape in shapes.items()}
+
+
+def gradient_tolerance(
+    arrays: dict[str, np.ndarray], selected: np.ndarray, dtype: torch.dtype = torch.float32
+) -> tuple[np.ndarray, ...]:
+    wide = {name: x.astype(np.float64) for name, x in arrays.items()}
+    return check.attention_gradient_tolerance(
+        wide["q"], wide["k"], wide["v"], selected, wide["do"], wide["dlse"], dtype
+    )
+
+
+@given(SEEDS, st.integers(2, 6), st.integers(2, 40), st.sampled_from((2, 16)), st.sampled_from((0.1, 1.0, 3.0)))
+def test_float32_gradients_lie_within_the_gradient_tolerance(seed, L, S, d_h, size):
+    rng = np.random.default_rng(seed)
+    arrays, selected = gradient_arrays(rng, L, S, d_h, size), random_mask(rng, L, S)
+    gold = attention_gradients(arrays, selected, torch.float64)
+    rounded = attention_gradients(arrays, selected, torch.float32)
+    for exact, x, tolerance in zip(gold, rounded, gradient_tolerance(arrays, selected), strict=True):
+        assert tolerance.shape == x.shape
+        assert (np.abs(x - exact) <= tolerance).all()
+        assert (tolerance <= 2000 * 2.0**-24 * (1 + size) ** 5 * S).all()  # what admits anything bounds nothing
+
+
+def test_the_gradient_tolerance_of_what_nobody_selected_is_zero_whatever_it_holds():
+    rng = np.random.default_rng(0)
+    arrays, selected = gradient_arrays(rng, 4, 9, 6, 1.0), random_mask(rng, 4, 9)
+    dq, dk, dv = gradient_tolerance(arrays, selected)
+    assert not dq[0].any()
+    assert not dk[-1].any()
+    assert not dv[-1].any()
+    assert (dq[1:] > 0).all()
+    assert (dk[selected.any(0)] > 0).all()
+    for name in ("k", "v"):
+        arrays[name][-1] = np.nan
+    for before, after in zip((dq, dk, dv), gradient_tolerance(arrays, selected), strict=True):
+        assert np.array_equal(before, after)
+    assert not any(x.any() for x in gradient_tolerance(arrays, np.zeros((4, 9), bool)))
+
+
+def test_the_gradient_tolerance_grows_with_the_gradient_and_the_roundoff_of_the_dtype():
+    """Proportional to (do, dlse), but for subnormals; a wider dtype rounds less."""
+    rng = np.random.default_rng(0)
+    arrays, selected = gradient_arrays(rng, 4, 9, 6, 1.0), random_mask(rng, 4, 9)
+    double = {**arrays, "do": 2 * arrays["do"], "dlse": 2 * arrays["dlse"]}
+    for one, two in zip(gradient_tolerance(arrays, selected), gradient_tolerance(double, selected), strict=True):
+        np.testing.assert_allclose(two, 2 * one, rtol=1e-12, atol=1e-30)
+    for wide, narrow in zip(
+        gradient_tolerance(arrays, selected), gradient_tolerance(arrays, selected, torch.float16), strict=True
+    ):
+        assert (narrow[wide > 0] > 50 * wide[wide > 0]).all()
+
+
+def kl_case(rng: np.random.Generator, L: int, S: int, size: float) -> dict[str, np.ndarray]:
+    shapes = {"q_idx": (L, 3, 4), "k_idx": (S, 4), "head_logits": (L, 3), "bias": (3,), "q": (L, 4, 8), "k": (S, 2, 8)}
+    return {name: (size * rng.standard_normal(shape)).astype(F32) for name, shape in shapes.items()}
+
+
+def kl_and_gradients(arrays: dict[str, np.ndarray], over: np.ndarray, dtype: torch.dtype, temperature: float) -> list:
+    """τ · Σ_t KL and its gradients by autograd."""
+    rows, S = over.any(1), over.shape[1]
+    slots = np.stack([np.pad(np.flatnonzero(row), (0, S - row.sum()), constant_values=-1) for row in over])
+    selection = Selection(torch.from_numpy(slots[None]).int(), torch.from_numpy(over.sum(1)[None]).int())
+    x = {
+        n: torch.from_numpy(a).to(dtype)[None] if n != "bias" else torch.from_numpy(a).to(dtype)
+        for n, a in arrays.items()
+    }
+    inputs = [x[name].requires_grad_() for name in ("q_idx", "k_idx", "head_logits", "bias")]
+    loss = indexer_kl_loss(*x.values(), indexer_scale=0.4, selection=selection, temperature=temperature, start=S)
+    loss = loss * temperature * int(rows.sum())
+    return [y.double().numpy() for y in (loss.detach(), *torch.autograd.grad(loss, inputs))]
+
+
+def kl_tolerance(arrays: dict[str, np.ndarray], over: np.ndarray, temperature: float) -> dict[str, np.ndarray]:
+    wide = {name: x.astype(np.float64) for name, x in arrays.items()}
+    return check.kl_tolerance(**wide, over=over, indexer_scale=0.4, scale=8**-0.5, temperature=temperature)
+
+
+@given(SEEDS, st.integers(2, 5), st.integers(2, 40), st.sampled_from((0.1, 1.0, 3.0)), st.sampled_from((0.1, 1.0)))
+def test_float32_loss_and_gradients_lie_within_the_kl_tolerance(seed, L, S, size, temperature):
+    rng = np.random.default_rng(seed)
+    arrays, over = kl_case(rng, L, S, size), random_mask(rng, L, S)
+    tolerance = kl_tolerance(arrays, over, temperature)
+    assert list(tolerance) == ["loss", "q_idx", "k_idx", "head_logits", "bias"]
+    exact = kl_and_gradients(arrays, over, torch.float64, temperature)
+    rounded = kl_and_gradients(arrays, over, torch.float32, temperature)
+    for gold, x, bound in zip(exact, rounded, tolerance.values(), strict=True):
+        x = x.reshape(bound.shape)
+        assert (np.abs(x - gold.reshape(bound.shape)) <= bound + 2.0**-24 * np.abs(x)).all()
+        assert (bound <= 1e-2 * L * S * (1 + size) ** 3).all()  # what admits anything bounds nothing
+
+
+def test_the_kl_tolerance_of_rows_and_keys_without_a_part_is_zero():
+    rng = np.random.default_rng(0)
+    arrays, over = kl_case(rng, 4, 9, 1.0), random_mask(rng, 4, 9)
+    tolerance = kl_tolerance(arrays, over, 0.5)
+    assert tolerance["loss"] > 0
+    assert not tolerance["q_idx"][0].any()
+    assert not tolerance["head_logits"][0].any()
+    assert not tolerance["k_idx"][-1].any()
+    assert (tolerance["k_idx"][over.any(0)] > 0).all()
+    assert (tolerance["bias"] > 0).all()
+    assert not any(x.any() for x in kl_tolerance(arrays, np.zeros((4, 9), bool), 0.5).values())
 
 
 # --- error budget of outputs --------------------------------------------------------------------------------------

@@ -297,3 +297,19 @@ def test_the_module_projects_to_one_query_per_head_and_one_key_for_all(rope):
     torch.testing.assert_close(head_logits, h @ module.W_iw.weight.mT)
     assert {name for name, _ in module.named_parameters()} == {"W_iq.weight", "W_ik.weight", "W_iw.weight", "bias"}
     assert not module.bias.any()
+
+
+def test_a_device_without_autocast_needs_none():
+    """The meta device has shapes and no values: a model of any size can be traced there."""
+    tensors = [torch.empty(shape, device="meta") for shape in ((2, 3, 2, 4), (2, 5, 4), (2, 3, 2), (2,))]
+    assert gsa_ref.indexer_scores(*tensors, scale=0.5).shape == (2, 3, 5)
+
+
+def test_an_indexer_starts_without_bias_and_rotates_by_the_config_s_base_from_position_0():
+    config = GSAConfig(d=8, H=2, H_kv=2, d_h=4, H_I=3, d_I=4, indexer_rope=True, rope_theta=50.0)
+    indexer, h = LightningIndexer(config), torch.randn(2, 5, 8)
+    assert torch.equal(indexer.bias, torch.zeros(3))
+    q_idx, k_idx, _ = indexer(h)
+    q, k = indexer.W_iq(h).unflatten(-1, (3, 4)), indexer.W_ik(h)[:, :, None]
+    assert torch.equal(q_idx, apply_rope(q, start=0, theta=50.0))
+    assert torch.equal(k_idx, apply_rope(k, start=0, theta=50.0)[:, :, 0])

@@ -210,6 +210,11 @@ def test_transposed_hidden_states_are_read_by_their_strides():
 # --- V̄ ------------------------------------------------------------------------------------------------------------
 
 
+def test_the_op_that_adds_rows_passes_opcheck():
+    total, count, values = torch.zeros(()), torch.zeros((), dtype=torch.int64), torch.randn(2, 3)
+    torch.library.opcheck(torch.ops.gsa_ref.add_rows.default, (total, count, values, values > 0))
+
+
 @given(models().filter(lambda model: model.sparse and not model.indexer_rope))
 def test_training_adds_up_the_row_variances_of_valid_rows(model):
     layer, inputs = model.build().train(), model.inputs()

@@ -1,0 +1,333 @@
+"""Mutants of `gsa_ref`: mutmut makes them, a fork runs the tests of the module on each, and a record keeps the result.
+
+    python -m tests.reference_mutants                every module that has no result yet
+    python -m tests.reference_mutants budget rope    these modules, from the beginning
+    python -m tests.reference_mutants --survivors    what survived, against tests that were added since
+    python -m tests.reference_mutants --report       run nothing: the record of the results in `mutants/`
+
+A mutant is one changed expression of one function. mutmut (`[tool.mutmut]` in pyproject.toml) writes all of them into
+one copy of the package, `mutants/`, of which a process chooses one: PyTorch is loaded once, and a mutant costs a fork.
+mutmut skips decorated functions, the module level, and what its configuration leaves out. Only the tests of the
+mutant's module run (`TESTS`), the fastest first, with few examples (the profile `mutation`); so what survives here may
+still be caught by `make test`, and what is killed is killed near its cause.
+
+A survivor is a gap in the tests unless `EXPLAINED` says why it is none. Exit status 1 if one is not explained.
+"""
+
+import argparse
+import gc
+import importlib.metadata
+import json
+import os
+import platform
+import re
+import resource
+import sys
+import traceback
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parents[1]
+RECORD = ROOT / "benchmarks/results/cpu/reference_mutants.json"
+COMMAND = "python -m tests.reference_mutants"
+# Generators of test cases, and presentation: see do_not_mutate in pyproject.toml.
+LEFT_OUT = ("cases", "tour", "__main__")
+# Compiled code holds no mutant to choose; the other tests take many times as long as all the rest.
+SLOW = ("compiled", "10000", "two_processes", "learns_one_sentence")
+# Without the plugins that collect garbage at the end of every run, which costs more than the tests.
+PYTEST = [
+    *("-x", "-q", "--tb=no", "--rootdir=.", "-k", " and ".join(f"not {name}" for name in SLOW)),
+    *("-p", "no:cacheprovider", "-p", "no:xdist", "-p", "no:unraisableexception", "-p", "no:threadexception"),
+]
+CPU_SECONDS = 60  # a mutant may loop for ever
+KILLED, SURVIVED, TIMED_OUT = "killed", "survived", "timeout"
+DEAD = (KILLED, TIMED_OUT)
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """Why the survivors whose function and changed line match are no gap. `kind` is what the table counts them as."""
+
+    kind: str
+    function: str  # a pattern for module.function
+    change: str  # a pattern for the removed or the added line
+    why: str
+
+
+EQUIVALENT, MESSAGE, ACCURATE = "equivalent", "message", "more accurate"
+EXPLAINED: tuple[Explanation, ...] = (
+    Explanation(
+        EQUIVALENT,
+        r"equations\.gates\.sigmoid",
+        r"x > 0, 1\.0, e",
+        "at x = 0 both branches are 1, because e is 1",
+    ),
+    Explanation(
+        EQUIVALENT,
+        r"equations\.gates\.apply_gate",
+        r"np\.asarray\(x, (None)?\)",
+        "the product with the sigmoid, which is float64, is float64 anyway",
+    ),
+    Explanation(
+        EQUIVALENT,
+        r"equations\.rope\.apply_rope",
+        r"i - half\]",
+        "i − d/2 counts from the end, and names the channel i + d/2",
+    ),
+    Explanation(
+        EQUIVALENT,
+        r"equations\.indexer\.indexer_scores",
+        r"np\.asarray\([qk]_idx, (None)?\)",
+        "the product of a narrow array and a float64 one is computed in float64",
+    ),
+    Explanation(
+        EQUIVALENT,
+        r"equations\.indexer\.indexer_scores",
+        r"\+ n_valid = min\(start \+ t \+ 1, S\)",
+        "where start + t < length, start + t + 1 is at most length",
+    ),
+    Explanation(
+        EQUIVALENT,
+        r"equations\.selection\.select_tokens",
+        r"or True else 0\.0, s|else 1\.0, s",
+        "among NaN scores no value ranks before another, and the sort is stable",
+    ),
+    Explanation(
+        EQUIVALENT,
+        r"indexer\.indexer_scores",
+        r"\+ (scores = torch\.zeros|z = .*\.to\(None\))",
+        "the sum with the first head's term has its dtype and shape, and there is a head",
+    ),
+    Explanation(EQUIVALENT, r"indexer\.LightningIndexer\.__init__", r"bias=None", "None is as false as False"),
+    Explanation(
+        EQUIVALENT,
+        r"equations\.training\.indexer_kl_gradient",
+        r"len\(over\) == 1",
+        "with one position softmax and teacher are both 1: the gradient is 0 either way; with none the sums are empty",
+    ),
+    Explanation(
+        EQUIVALENT,
+        r"rope\.apply_rope",
+        r"\+ .*\.to\(None\)",
+        "the product with a tensor of the wider dtype promotes",
+    ),
+    Explanation(EQUIVALENT, r"rope\.apply_rope", r"arange\(d / 2", "d is even, so that d / 2 is the same number"),
+    Explanation(
+        ACCURATE,
+        r"rope\.apply_rope",
+        r"or True else torch\.float32",
+        "float32 input is computed in float64: slower, and within every bound",
+    ),
+)
+
+
+def modules() -> list[str]:
+    """The modules with mutants, as dotted names below gsa_ref."""
+    found = sorted((ROOT / "gsa_ref").rglob("*.py"))
+    names = [".".join(path.relative_to(ROOT / "gsa_ref").with_suffix("").parts) for path in found]
+    return [name for name in names if name not in LEFT_OUT and not name.endswith("__init__")]
+
+
+def tests_of(module: str) -> list[str]:
+    """The test files whose subject the module is."""
+    *package, name = module.split(".")
+    names = ["test_arguments"] if name == "_arguments" else [f"test_{name}"]
+    names.insert(0, "test_equations" if package else "test_functions")
+    found = [f"tests/ref/{n}.py" for n in names]
+    return [path for path in found if (ROOT / path).is_file()]
+
+
+def make_mutants() -> None:
+    """Write `mutants/`: the copy of gsa_ref with all mutants, and the tests."""
+    from mutmut.__main__ import create_mutants
+    from mutmut.utils.file_utils import copy_also_copy_files, copy_src_dir
+
+    (ROOT / "mutants").mkdir(exist_ok=True)
+    copy_src_dir()
+    copy_also_copy_files()
+    create_mutants(1)
+
+
+class Fastest:
+    """A pytest plugin: the tests that were fastest without a mutant run first."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+
+    def pytest_runtest_logreport(self, report: Any) -> None:
+        self.seconds[report.nodeid] = self.seconds.get(report.nodeid, 0.0) + report.duration
+
+    def pytest_collection_modifyitems(self, items: list[Any]) -> None:
+        items.sort(key=lambda item: self.seconds.get(item.nodeid, 0.0))
+
+
+def run_module(module: str, jobs: int, which: str) -> None:
+    """Run the tests of a module on its mutants, and store the exit codes beside the mutants.
+
+    `which` says whether mutants that have a result run again: "all", the "survivors", or none of them ("new").
+
+    Runs in a process of its own: it imports the copy under the name gsa_ref.
+
+    Raises:
+        RuntimeError: the tests fail without a mutant.
+    """
+    from mutmut.mutation.data import SourceFileMutationData
+    from mutmut.mutation.trampoline import set_mutant_under_test
+    from mutmut.stats import status_by_exit_code
+
+    data = SourceFileMutationData(path=source(module))
+    data.load()
+    again = {
+        "all": lambda _: True,
+        "survivors": lambda code: status_by_exit_code[code] not in DEAD,
+        "new": lambda _: False,
+    }
+    waiting = [name for name, code in data.exit_code_by_key.items() if code is None or again[which](code)]
+    os.chdir(ROOT / "mutants")
+    sys.path[:] = [os.getcwd(), *(path for path in sys.path if path and Path(path) != ROOT)]
+    sys.modules.pop("tests", None)  # of the root, from which this file was run
+    set_mutant_under_test("")
+    import pytest
+
+    null = open(os.devnull, "w")  # noqa: SIM115  as long as the process lives
+    os.dup2(null.fileno(), 1)
+    plugin, arguments = Fastest(), [*PYTEST, *tests_of(module)]
+    for _ in range(2):  # the first run pays for what is loaded on first use
+        plugin.seconds.clear()
+        if (code := pytest.main(arguments, plugins=[plugin])) != 0:
+            raise RuntimeError(f"{module}: expected its tests to pass without a mutant, got exit status {int(code)}")
+    gc.freeze()
+    running: dict[int, str] = {}
+    while waiting or running:
+        while waiting and len(running) < jobs:
+            name = waiting.pop()
+            if (child := os.fork()) == 0:
+                status = 3
+                try:
+                    set_mutant_under_test(name)
+                    used = int(sum(resource.getrusage(resource.RUSAGE_SELF)[:2]))
+                    resource.setrlimit(resource.RLIMIT_CPU, (used + CPU_SECONDS, used + CPU_SECONDS + 1))
+                    status = int(pytest.main(arguments, plugins=[plugin]))
+                finally:
+                    os._exit(status)
+            running[child] = name
+        child, wait_status = os.wait()
+        data.exit_code_by_key[running.pop(child)] = os.waitstatus_to_exitcode(wait_status)
+        os.chdir(ROOT)  # where mutmut looks for its files
+        data.save()
+        os.chdir(ROOT / "mutants")
+
+
+def run_modules(chosen: Iterable[str], jobs: int, which: str) -> None:
+    """`run_module` for each, in a process each.
+
+    Raises:
+        RuntimeError: a process failed.
+    """
+    import torch  # noqa: F401  inherited by every process
+
+    for module in chosen:
+        if (child := os.fork()) == 0:
+            status = 1
+            try:
+                run_module(module, jobs, which)
+                status = 0
+            except Exception:  # noqa: BLE001  said here, and by the exit status
+                traceback.print_exc()
+            finally:
+                os._exit(status)
+        _, wait_status = os.waitpid(child, 0)
+        if wait_status:
+            raise RuntimeError(f"{module}: the process that ran its mutants failed")
+
+
+def source(module: str) -> Path:
+    return Path("gsa_ref", *module.split(".")).with_suffix(".py")
+
+
+def explain(name: str, diff: list[str]) -> Explanation | None:
+    """The first explanation that fits the mutant."""
+    function = re.sub(r"__mutmut_\d+$", "", name.removeprefix("gsa_ref.")).replace(".x_", ".")
+    function = re.sub(r"\.xǁ(\w+)ǁ", r".\1.", function)
+    for e in EXPLAINED:
+        if re.fullmatch(e.function, function) and any(re.search(e.change, line) for line in diff):
+            return e
+    return None
+
+
+def results(module: str) -> dict[str, Any] | None:
+    """A row of the record: the counts of one module and its survivors. None if it has not been run to its end."""
+    from mutmut.mutation.data import SourceFileMutationData
+    from mutmut.mutation.diff_apply import get_diff_for_mutant
+    from mutmut.stats import status_by_exit_code
+
+    data = SourceFileMutationData(path=source(module))
+    data.load()
+    statuses = {name: status_by_exit_code[code] for name, code in data.exit_code_by_key.items()}
+    if not statuses or "not checked" in statuses.values():
+        return None
+    survivors = []
+    for name, status in statuses.items():
+        if status in DEAD:
+            continue
+        lines = get_diff_for_mutant(name, path=data.path).splitlines()
+        diff = [" ".join(line.split()) for line in lines if re.match(r"[-+] ", line)]
+        found = explain(name, diff)
+        survivors.append(
+            {
+                "mutant": name.removeprefix("gsa_ref."),
+                "status": status,
+                "diff": diff,
+                "kind": found.kind if found else None,
+                "why": found.why if found else None,
+            }
+        )
+    counts = Counter(statuses.values())
+    row = {"module": module, "mutants": len(statuses), KILLED: counts[KILLED], TIMED_OUT: counts[TIMED_OUT]}
+    return {**row, SURVIVED: len(survivors), "survivors": survivors}
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m tests.reference_mutants", description=__doc__.splitlines()[0])
+    parser.add_argument(
+        "modules", nargs="*", metavar="MODULE", help="modules of gsa_ref, such as budget (default: all)"
+    )
+    parser.add_argument("--survivors", action="store_true", help="of what has been run, run again what survived")
+    parser.add_argument("--report", action="store_true", help="write the record of what has been run, and run nothing")
+    parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="processes (default: one per core)")
+    options = parser.parse_args(argv)
+    if unknown := set(options.modules) - set(modules()):
+        parser.error(f"argument MODULE: expected one of {', '.join(modules())}, got {', '.join(sorted(unknown))}")
+    os.chdir(ROOT)  # mutmut looks for its configuration where it runs
+    if not options.report:
+        os.environ["HYPOTHESIS_PROFILE"] = "mutation"
+        make_mutants()
+        which = "survivors" if options.survivors else "all" if options.modules else "new"
+        run_modules(options.modules or modules(), options.jobs, which)
+    rows = [row for module in modules() if (row := results(module)) is not None]
+    record = {
+        "command": COMMAND,
+        "tool": f"mutmut {importlib.metadata.version('mutmut')}",
+        "python": platform.python_version(),
+        "torch": importlib.metadata.version("torch"),
+        "left_out": list(LEFT_OUT),
+        "not_run": [module for module in modules() if module not in {row["module"] for row in rows}],
+        "modules": rows,
+    }
+    RECORD.parent.mkdir(parents=True, exist_ok=True)
+    RECORD.write_text(json.dumps(record, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    open_gaps = 0
+    for row in rows:
+        print(f"{row['module']:24s} {row['mutants']:5d} mutants, {row[SURVIVED]:4d} survived")
+        for survivor in row["survivors"]:
+            if survivor["why"] is None:
+                open_gaps += 1
+                print("   ", survivor["mutant"], *survivor["diff"], sep="\n        ")
+    return 1 if open_gaps else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
