@@ -42,8 +42,17 @@ def allowed_imports() -> set[str]:
 
 
 def test_there_are_notebooks():
-    expected = ["00_tour", "01_indexer", "02_budget", "03_selection", "04_attention", "05_gates"]
-    assert [path.stem for path in NOTEBOOKS[:6]] == expected
+    expected = [
+        "00_tour",
+        "01_indexer",
+        "02_budget",
+        "03_selection",
+        "04_attention",
+        "05_gates",
+        "06_layer",
+        "07_complexity",
+    ]
+    assert [path.stem for path in NOTEBOOKS[:8]] == expected
 
 
 @each_notebook
