@@ -279,7 +279,7 @@ def test_gradients_of_the_scores_match_finite_differences(seed):
         scores = gsa_ref.indexer_scores(*tensors, scale=0.5, start=1, lengths=torch.tensor([4, 3], dtype=torch.int32))
         return scores[scores > -torch.inf]
 
-    assert torch.autograd.gradcheck(visible_scores, inputs)
+    assert torch.autograd.gradcheck(visible_scores, inputs, fast_mode=True)
 
 
 @pytest.mark.parametrize("rope", [False, True])
