@@ -271,10 +271,21 @@ def test_what_does_not_exist_yet_is_said(copy: Path):
     assert "Not yet" in thread.kernels(copy, "indexer")
 
 
+def test_a_strip_counts_kernels_where_it_would_name_many():
+    entry = next(e for e in thread.ENTRIES if e.stem == "attention")
+    launched = [o.name for o in thread.thread(ROOT, entry).kernel if o.is_launched]
+    assert len(launched) > thread.MOST_KERNELS
+    opening = thread.strip(ROOT, "learn/attention.md", "attention")
+    assert f"[{len(launched)} kernels](../equations.md)" in opening
+    assert [name for name in launched if name in opening] == []
+    assert "[gsa_fast.attention.sparse_attention]" in opening
+    assert "apply_gate_kernel" in thread.strip(ROOT, "learn/gates.md", "gates")
+
+
 def test_broken_sources_fail_the_build(copy: Path, tmp_path_factory: pytest.TempPathFactory):
     # One build for all faults: each must be named in its output.
     page = copy / "docs/learn/indexer.md"
-    edit(page, "../reference/selection.md", "../reference/selections.md")
+    edit(page, "../reference/training.md", "../reference/trainings.md")
     edit(page, "../open-choices.md#ties", "../open-choices.md#tie")
     edit(page, "[gsa_ref.check.score_verdict]", "[gsa_ref.check.score_verdicts]")
     edit(page, "{{ default d }}", "{{ default dd }}")
@@ -287,7 +298,7 @@ def test_broken_sources_fail_the_build(copy: Path, tmp_path_factory: pytest.Temp
     done = build(copy, tmp_path_factory.mktemp("broken"))
     assert done.returncode != 0
     reported = "\n".join(re.findall(r"^WARNING -.*$", done.stderr, re.MULTILINE))
-    for name in ("selections.md", "#tie'", "score_verdicts", "default dd", "Eq. 99", "nowhere.md"):
+    for name in ("trainings.md", "#tie'", "score_verdicts", "default dd", "Eq. 99", "nowhere.md"):
         assert name in reported, f"{name} was not reported in\n{done.stderr}"
     assert "stray.md" in done.stderr  # listed below the warning that some pages are not in the nav
 

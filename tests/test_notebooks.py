@@ -42,7 +42,8 @@ def allowed_imports() -> set[str]:
 
 
 def test_there_are_notebooks():
-    assert [path.stem for path in NOTEBOOKS[:2]] == ["00_tour", "01_indexer"]
+    expected = ["00_tour", "01_indexer", "02_budget", "03_selection", "04_attention", "05_gates"]
+    assert [path.stem for path in NOTEBOOKS[:6]] == expected
 
 
 @each_notebook

@@ -27,6 +27,7 @@ log = logging.getLogger("mkdocs.hooks.thread")
 
 STEMS = ("indexer", "budget", "selection", "attention", "gates", "layer")
 NOT_YET = "*not yet*"
+MOST_KERNELS = 4  # that a strip names
 
 
 @dataclass(frozen=True)
@@ -240,6 +241,14 @@ class Links:
         own = any(o.is_launched for o in objects) or not objects
         return self.code(objects) + ("" if own else " (no kernel of its own)")
 
+    def kernel_in_brief(self, objects: list[Tagged]) -> str:
+        """Like `kernel`, but many kernels are counted; the equation index names them."""
+        launched = [o for o in objects if o.is_launched]
+        if len(launched) <= MOST_KERNELS:
+            return self.kernel(objects)
+        public = [o for o in objects if not o.is_launched]
+        return f"{self.code(public)} and [{len(launched)} kernels]({self.up}equations.md)"
+
     def _object(self, o: Tagged) -> str:
         if o.is_public and o.module in self.modules:
             return f"[`{o.name}`][{o.dotted}]"
@@ -265,7 +274,7 @@ def strip(root: Path, page: str, stem: str) -> str:
         f"[{label}]({links.up}equations.md)",
         f"oracle {links.code(merged(lambda t: t.oracle))}",
         f"PyTorch {links.code(merged(lambda t: t.pytorch))}",
-        f"kernel {links.kernel(merged(lambda t: t.kernel))}",
+        f"kernel {links.kernel_in_brief(merged(lambda t: t.kernel))}",
         f"tests {links.tests(threads[0].tests)}",
         links.file(threads[0].notebook, "notebook") if threads[0].notebook else f"notebook {NOT_YET}",
         links.file(f"reference/{stem}.md", "API"),
