@@ -44,6 +44,7 @@ def allowed_imports() -> set[str]:
 def test_there_are_notebooks():
     expected = ["00_tour", "01_indexer", "02_budget", "03_selection", "04_attention", "05_gates"]
     assert [path.stem for path in NOTEBOOKS[:6]] == expected
+    assert {"09_from_equation_to_kernel", "10_verify_a_kernel"} <= {path.stem for path in NOTEBOOKS}
 
 
 @each_notebook
