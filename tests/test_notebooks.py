@@ -51,8 +51,10 @@ def test_there_are_notebooks():
         "05_gates",
         "06_layer",
         "07_complexity",
+        "09_from_equation_to_kernel",
+        "10_verify_a_kernel",
     ]
-    assert [path.stem for path in NOTEBOOKS[:8]] == expected
+    assert [path.stem for path in NOTEBOOKS] == expected
 
 
 @each_notebook
