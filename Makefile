@@ -54,8 +54,9 @@ unit: $(VENV)/.dev ## the test suite
 	$(PYTEST) -k compiled tests/ref
 	$(PYTEST) tests/fast $(wildcard tests/test_*.py)
 
+# Their tensors are small: more than one thread only costs where several notebooks run at once.
 notebooks: $(VENV)/.dev ## execute the notebooks and compare with the stored outputs
-	$(BIN)/python -m pytest --nbval --nbval-current-env -p no:cacheprovider -n $(JOBS) --dist loadscope notebooks
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --nbval --nbval-current-env -p no:cacheprovider -n $(JOBS) --dist loadscope notebooks
 
 notebook-outputs: $(VENV)/.dev ## execute the notebooks and store their outputs
 	$(BIN)/python notebooks/execute.py
