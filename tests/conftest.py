@@ -1,7 +1,10 @@
 """Hypothesis profiles, chosen by HYPOTHESIS_PROFILE: `ci` (the default), `thorough`, `gpu` and `mutation`."""
 
 import os
+from collections.abc import Callable
+from functools import partial
 
+import pytest
 import torch
 from hypothesis import HealthCheck, Phase, settings
 
@@ -22,3 +25,21 @@ settings.register_profile(
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
 
 torch.set_num_threads(1)  # the tensors are tiny, and the tests run in several processes
+
+
+def _roomy(call: Callable[[], object]) -> None:
+    call()
+
+
+# Python 3.11 keeps frames in blocks of 16 KiB. A loop that calls functions from the end of one maps and unmaps the next
+# at every call: where a test happens to be that deep, the interpreter of kernels takes twice as long. A frame that asks
+# for much gets a block in which all later ones fit.
+_roomy.__code__ = _roomy.__code__.replace(co_stacksize=2**15)
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_pyfunc_call(pyfuncitem: pytest.Function) -> bool:
+    """Run a test function as pytest does, on a roomy stack."""
+    arguments = {name: pyfuncitem.funcargs[name] for name in pyfuncitem._fixtureinfo.argnames}
+    _roomy(partial(pyfuncitem.obj, **arguments))
+    return True

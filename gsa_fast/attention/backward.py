@@ -81,6 +81,7 @@ def attend_backward(
     words, width = words_of(S), 2 * H_kv * d_h
     chunk_rows = rows_per_chunk(B, L, queries, 4 * (queries * (words + 1 + capacity // 32) + capacity + 2 * words))
     part_slots = max(PART_COPIES * dkv.numel() * 4, LEAST_PART_BYTES) // (width * q.element_size())
+    part_slots = min(part_slots, B * triton.cdiv(L, queries) * capacity)  # as many as all unions have at most
     if deterministic:
         chunk_rows = min(chunk_rows, max(1, ROUNDS * part_slots // (B * capacity)) * queries)
     chunk_tiles = triton.cdiv(chunk_rows, queries)
