@@ -102,9 +102,8 @@ HOPPER = {"union_attention_hopper_kernel", "union_backward_hopper_kernel", "unio
 def compile_sample(dtype: str, code: str, *more: str, root: Path = ROOT) -> subprocess.CompletedProcess[str]:
     """In a process of its own, because kernels of this one may be interpreted."""
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | {"PYTHONPATH": str(root)}
-    return subprocess.run(
-        [sys.executable, "-c", code, dtype, *more], cwd=root, env=environment, capture_output=True, text=True, check=False
-    )
+    command = [sys.executable, "-c", code, dtype, *more]
+    return subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True, check=False)
 
 
 # Every target with 16 bits and the newer one with float32; `python -m gsa_fast compile` has all combinations.
