@@ -18,13 +18,6 @@ from gsa_fast.verification.compile import SHARED_MEMORY_LIMIT, compile_shipped, 
 from gsa_ref import GSAConfig
 from gsa_ref.cases import Case
 
-# Cases per stem.
-GPU_EXAMPLES, GPU_QUICK_EXAMPLES = 40, 6
-INTERPRETER_QUICK_EXAMPLES = {
-    "indexer": 30, "budget": 15, "selection": 8, "indexed_selection": 6, "attention": 8, "gates": 30, "layer": 5,
-    "decode": 6, "attention_backward": 3, "training": 6,
-}  # fmt: skip
-
 
 def main(argv: list[str] | None = None) -> int:
     """Run the command line; returns the exit status: 0 if everything passed, 1 if a check failed, 2 for bad usage."""
@@ -149,9 +142,9 @@ def run_verify(parser: argparse.ArgumentParser, options: argparse.Namespace, com
     stems = tuple(options.stem or run.STEMS)
     dtypes = tuple(options.dtype or (run.DTYPES if device == "cuda" else run.DTYPES[:2]))
     if device == "cuda":
-        examples = dict.fromkeys(stems, GPU_QUICK_EXAMPLES if options.quick else GPU_EXAMPLES)
+        examples = dict.fromkeys(stems, run.GPU_QUICK_EXAMPLES if options.quick else run.GPU_EXAMPLES)
     else:
-        examples = INTERPRETER_QUICK_EXAMPLES if options.quick else run.INTERPRETER_EXAMPLES
+        examples = run.INTERPRETER_QUICK_EXAMPLES if options.quick else run.INTERPRETER_EXAMPLES
     if options.examples is not None:
         examples = dict.fromkeys(stems, options.examples)
 

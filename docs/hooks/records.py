@@ -6,6 +6,8 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
+from speed import table
+
 VERIFICATION = (
     "benchmarks/results/h200/verification.json",  # all stems
     "benchmarks/results/h200/verification_decode.json",  # one dtype, many cases
@@ -19,6 +21,14 @@ FIELDS = ("device", "torch", "triton", "command", "seed", "commit")
 COLUMNS = ("stem", "dtype", "cases", "worst_error", "budget", "ratio", "verdict", "longest")
 
 
+def _record(root: Path, path: str) -> dict[str, Any] | None:
+    return json.loads((root / path).read_text(encoding="utf-8")) if (root / path).is_file() else None
+
+
+def _no_record(path: str) -> str:
+    return f"No record is stored: there is no `{path}`."
+
+
 def verification_table(root: Path) -> str:
     """`{{ verification_table }}`: the stored results of `python -m gsa_fast verify`, or that there is none.
 
@@ -30,10 +40,9 @@ def verification_table(root: Path) -> str:
 
 
 def _verification(root: Path, name: str) -> str:
-    path = root / name
-    if not path.is_file():
-        return f"No record is stored: there is no `{name}`."
-    record = json.loads(path.read_text(encoding="utf-8"))
+    record = _record(root, name)
+    if record is None:
+        return _no_record(name)
     lines = [f"From `{name}`:", ""]
     lines += [f"- {field}: `{record[field]}`" for field in FIELDS]
     lines += ["", "| " + " | ".join(c.replace("_", " ") for c in COLUMNS) + " |", "|---|---|" + "--:|" * 4 + "---|--:|"]
@@ -49,10 +58,9 @@ def fuzzing_table(root: Path) -> str:
         KeyError: the record lacks a key.
         ValueError: the record is not JSON.
     """
-    path = root / FUZZING
-    if not path.is_file():
-        return f"No record is stored: there is no `{FUZZING}`."
-    record = json.loads(path.read_text(encoding="utf-8"))
+    record = _record(root, FUZZING)
+    if record is None:
+        return _no_record(FUZZING)
     calls: Counter[tuple[str, str]] = Counter()
     for row in record["rows"]:
         calls[row["function"], row["outcome"]] += row["calls"]
@@ -74,12 +82,6 @@ def _cell(value: Any) -> str:
     if value is None or (isinstance(value, float) and math.isnan(value)):
         return "–"
     return f"{value:.3g}" if isinstance(value, float) else str(value)
-
-
-def _rows(header: tuple[str, ...], rows: list[tuple[Any, ...]], left: int = 1) -> str:
-    """A Markdown table; the first `left` columns are text, the others figures."""
-    rule = "|" + "---|" * left + "--:|" * (len(header) - left)
-    return "\n".join(["| " + " | ".join(header) + " |", rule, *("| " + " | ".join(map(str, r)) + " |" for r in rows)])
 
 
 def _code(text: str) -> str:
@@ -105,7 +107,7 @@ def mutants_by(root: Path, column: str) -> str:
     drawn, killed = Counter(f[column] for f in faults), Counter(f[column] for f in faults if _killed(f))
     rows: list[tuple[Any, ...]] = [(f"`{x}`" if column != "operator" else x, drawn[x], killed[x]) for x in drawn]
     rows = sorted(rows, key=lambda row: (-row[1], row[0])) if column == "operator" else rows
-    return _rows((column, "faults", "killed"), [*rows, ("all", len(faults), sum(killed.values()))])
+    return table((column, "faults", "killed"), [*rows, ("all", len(faults), sum(killed.values()))])
 
 
 def mutants_stems(root: Path) -> str:
@@ -116,7 +118,7 @@ def mutants_stems(root: Path) -> str:
     kinds += [("generated", verdict) for _, verdict in kinds]
     stems = sorted({stem for stem, _, _ in found})
     header = ("stem", *(f"{kind}: {verdict}" for kind, verdict in kinds))
-    return _rows(header, [(stem, *(found[stem, *kind] for kind in kinds)) for stem in stems])
+    return table(header, [(stem, *(found[stem, *kind] for kind in kinds)) for stem in stems])
 
 
 def mutants_survivors(root: Path) -> str:
@@ -128,7 +130,7 @@ def mutants_survivors(root: Path) -> str:
             rows.append(("by hand", e["name"], "", e["why"]))
         else:
             rows.append((f"`{e['kernel']}`", _code(e["before"]), _code(e["after"]), e["why"]))
-    return _rows(("where", "line", "fault", "why it survives"), rows, left=4)
+    return table(("where", "line", "fault", "why it survives"), rows, left=4)
 
 
 def mutants_count(root: Path, which: str, what: str) -> str:
@@ -160,7 +162,7 @@ def compile_table(root: Path) -> str:
     if not rows:
         return f"No record is stored: there is none in `{COMPILED}`."
     header = ("target", "Triton", "variants", "do not fit", "most shared memory", "registers", "stack", "minutes")
-    return _rows(header, rows, left=2)
+    return table(header, rows, left=2)
 
 
 def reference_mutants_table(root: Path) -> str:
@@ -170,27 +172,27 @@ def reference_mutants_table(root: Path) -> str:
         KeyError: the record lacks a key.
         ValueError: the record is not JSON.
     """
-    path = root / REFERENCE_MUTANTS
-    if not path.is_file():
-        return f"No record is stored: there is no `{REFERENCE_MUTANTS}`."
-    record = json.loads(path.read_text(encoding="utf-8"))
+    record = _record(root, REFERENCE_MUTANTS)
+    if record is None:
+        return _no_record(REFERENCE_MUTANTS)
     lines = [f"From `{REFERENCE_MUTANTS}`:", ""]
     lines += [f"- {field}: `{record[field]}`" for field in ("tool", "python", "torch", "command")]
-    lines += ["", "| module | mutants | killed | share | survived | of these explained |", "|---|" + "--:|" * 5]
+    header = ("module", "mutants", "killed", "share", "survived", "of these explained")
     total = [0, 0, 0, 0]
+    rows = []
     for row in record["modules"]:
         killed = row["killed"] + row["timeout"]
         counts = [row["mutants"], killed, row["survived"], sum(s["why"] is not None for s in row["survivors"])]
         total = [a + b for a, b in zip(total, counts, strict=True)]
-        lines.append(_mutants_row(f"`gsa_ref.{row['module']}`", *counts))
-    lines.append(_mutants_row("**all of these**", *total))
+        rows.append(_mutants_row(f"`gsa_ref.{row['module']}`", *counts))
+    lines += ["", table(header, [*rows, _mutants_row("**all of these**", *total)])]
     if record["not_run"]:
         lines += ["", "Without a result: " + ", ".join(f"`gsa_ref.{module}`" for module in record["not_run"]) + "."]
     return "\n".join(lines)
 
 
-def _mutants_row(name: str, mutants: int, killed: int, survived: int, explained: int) -> str:
-    return f"| {name} | {mutants} | {killed} | {100 * killed / mutants:.1f}% | {survived} | {explained} |"
+def _mutants_row(name: str, mutants: int, killed: int, survived: int, explained: int) -> tuple[Any, ...]:
+    return name, mutants, killed, f"{100 * killed / mutants:.1f}%", survived, explained
 
 
 def reference_survivors_table(root: Path) -> str:
@@ -200,10 +202,9 @@ def reference_survivors_table(root: Path) -> str:
         KeyError: the record lacks a key.
         ValueError: the record is not JSON.
     """
-    path = root / REFERENCE_MUTANTS
-    if not path.is_file():
-        return f"No record is stored: there is no `{REFERENCE_MUTANTS}`."
-    record = json.loads(path.read_text(encoding="utf-8"))
+    record = _record(root, REFERENCE_MUTANTS)
+    if record is None:
+        return _no_record(REFERENCE_MUTANTS)
     survivors = [survivor for row in record["modules"] for survivor in row["survivors"]]
     reasons = Counter((s["kind"] or "open", s["why"] or "a gap in the tests of the module") for s in survivors)
     lines = ["| kind | mutants | reason |", "|---|--:|---|"]

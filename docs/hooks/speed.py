@@ -1,7 +1,7 @@
 """Tables of the performance page, from the record files: every figure on it comes from here."""
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -47,10 +47,10 @@ def length(L: int) -> str:
     return str(L)
 
 
-def table(header: list[str], rows: list[list[str]], left: int = 1) -> str:
+def table(header: Sequence[str], rows: Sequence[Sequence[object]], left: int = 1) -> str:
     """A Markdown table; the first `left` columns are text, the others figures."""
     rule = "|" + "---|" * left + "--:|" * (len(header) - left)
-    return "\n".join(["| " + " | ".join(header) + " |", rule, *("| " + " | ".join(row) + " |" for row in rows)])
+    return "\n".join(["| " + " | ".join(header) + " |", rule, *("| " + " | ".join(map(str, r)) + " |" for r in rows)])
 
 
 def figure(value: float | None, digits: int = 3) -> str:

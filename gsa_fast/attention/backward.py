@@ -98,7 +98,6 @@ def attend_backward(
     on_hopper = union_hopper.serves(q, k, v, do, 1.0, block_m)
     of_tile = {"QUERIES": queries, "GROUP": group, "d_h": d_h, "BLOCK_M": block_m, "BLOCK_N": block_n}
     of_tile |= {"DETERMINISTIC": deterministic}
-    num_stages = 1 if is_float32 or block_d <= 64 else 2
     for first_row in range(0, L, chunk_rows):
         rows = min(chunk_rows, L - first_row)
         tiles = triton.cdiv(rows, queries)
@@ -133,7 +132,7 @@ def attend_backward(
                 union_backward_kernel[(n_tiles * H_kv,)](
                     *tensors, *(stride for x in (q, k, v, do) for stride in x.stride()), *scalars,
                     **of_tile, BLOCK_D=block_d, num_warps=4 if is_float32 else 8,
-                    num_stages=num_stages,
+                    num_stages=1 if is_float32 or block_d <= 64 else 2,
                 )  # fmt: skip
             if deterministic:
                 sum_parts_kernel[(min(SUM_PROGRAMS, B * S),)](

@@ -13,7 +13,7 @@ from triton.experimental.gluon.language.nvidia.ampere import async_copy
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, warpgroup_mma, warpgroup_mma_wait
 
 from gsa_fast._primitives import stable_sigmoid
-from gsa_fast.attention.rows import LN_2
+from gsa_fast.attention.rows import LN_2, is_nonfinite
 
 barrier = getattr(gl, "barrier", None) or gl.thread_barrier  # its name since and before Triton 3.7
 BUFFERS = gl.constexpr(3)  # blocks of keys, and of values, that are in shared memory at once
@@ -46,12 +46,6 @@ def is_selected(low, high, column):
     """Whether a row selected a key of a block, from the row's two words: [BLOCK_M, BLOCK_N]."""
     word = gl.where((column < 32)[None, :], low[:, None], high[:, None])
     return ((word >> (column % 32)[None, :]) & 1) != 0
-
-
-@gluon.jit
-def nonfinite(x):
-    """1 where x is NaN or infinite."""
-    return (~(gl.abs(x.to(gl.float32)) < float("inf"))).to(gl.int32)
 
 
 @gluon.jit
@@ -157,7 +151,7 @@ def attend_union(
         barrier()  # they are there for everybody, and everybody is done with K of block i and V of block i − 1
         if REPAIR:
             b_v = s_v.index(this).load(load)  # [BLOCK_N, d_h]
-            bad = gl.max(nonfinite(b_v), axis=1)
+            bad = gl.max(is_nonfinite(b_v), axis=1)
             s_v.index(this).store(gl.where((bad == 0)[:, None], b_v, 0.0).to(dtype))
             of_row = gl.convert_layout(bad, gl.SliceLayout(0, of_logits))[None, :]
             words = load_words(p_masks, r, i, blocks, QUERIES)
@@ -187,7 +181,7 @@ def attend_union(
         keep = keep & (bad_rows == 0)
         q_mask = q_mask & (gl.convert_layout(bad_rows, gl.SliceLayout(1, load)) == 0)[:, None]
     else:
-        gl.store(broken_ptr + tile * H_kv + h_kv, gl.max(gl.max(nonfinite(acc), axis=1), axis=0))
+        gl.store(broken_ptr + tile * H_kv + h_kv, gl.max(gl.max(is_nonfinite(acc), axis=1), axis=0))
     empty = gl.load(occupied_ptr + b * rows + row, mask=keep, other=0) == 0
     l_safe = gl.where(empty, 1.0, l)
     lse = gl.where(empty, float("-inf"), gl.fma(m, scale_log2, gl.log2(l_safe)) * LN_2)

@@ -43,9 +43,14 @@ GPU_LAYER_LIMITS = Limits(B=2, L=2048, S=384, heads=2, group=4, width=128, lengt
 GPU_TRAINING_LIMITS = Limits(B=2, L=1024, S=1536, heads=2, group=4, width=256, lengths=(1, 5, 64, 65, 130, 257, 1000))
 
 # Cases per stem. The interpreter runs a program in milliseconds, so selections and whole layers get fewer there.
+GPU_EXAMPLES, GPU_QUICK_EXAMPLES = 40, 6
 INTERPRETER_EXAMPLES = {
     "indexer": 200, "budget": 100, "gates": 200, "attention": 60, "selection": 40, "indexed_selection": 100,
     "layer": 30, "decode": 60, "attention_backward": 20, "training": 100,
+}  # fmt: skip
+INTERPRETER_QUICK_EXAMPLES = {
+    "indexer": 30, "budget": 15, "selection": 8, "indexed_selection": 6, "attention": 8, "gates": 30, "layer": 5,
+    "decode": 6, "attention_backward": 3, "training": 6,
 }  # fmt: skip
 
 SHRINK_SECONDS = 20.0

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 import gsa_fast
-from gsa_fast.__main__ import INTERPRETER_QUICK_EXAMPLES, main
+from gsa_fast.__main__ import main
 from gsa_fast.verification import checks, run
 from gsa_ref.cases import CASES, GateCase
 
@@ -119,7 +119,7 @@ def test_the_same_seed_draws_the_same_cases(device):
 
 
 def test_every_stem_has_a_check_a_case_and_a_number_of_examples():
-    assert set(run.STEMS) == set(CASES) == set(run.INTERPRETER_EXAMPLES) == set(INTERPRETER_QUICK_EXAMPLES)
+    assert set(run.STEMS) == set(CASES) == set(run.INTERPRETER_EXAMPLES) == set(run.INTERPRETER_QUICK_EXAMPLES)
 
 
 def test_without_a_gpu_the_command_switches_to_the_interpreter_by_itself():

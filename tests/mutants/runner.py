@@ -83,13 +83,11 @@ def check_copy(task: Task, folder: Path) -> Outcome:
     running = folder / "case.json"
     try:
         run = importlib.import_module("gsa_fast.verification.run")
-        interpreter = importlib.import_module("gsa_fast.verification.interpreter")
     except Exception as error:  # noqa: BLE001  whatever a fault raises is what is looked for
         return Outcome("CRASH", f"import: {type(error).__name__}: {error}")
     if Path(run.__file__).parents[1] != package:
         raise RuntimeError(f"expected gsa_fast from {package}, got {run.__file__}")
     run.SHRINK_SECONDS = 0.0  # any failure will do
-    interpreter.enable_interpreter_checks()
     check_case = run.check_case
 
     def check_case_in_time(case: Any, device: str, row: Any) -> None:
@@ -99,7 +97,7 @@ def check_copy(task: Task, folder: Path) -> Outcome:
         signal.setitimer(signal.ITIMER_VIRTUAL, 0)
 
     run.check_case = check_case_in_time
-    with interpreter.small_tiles():
+    with run.prepared("cpu"):
         for text in task.cases:
             case = gsa_ref.cases.Case.from_json(text)
             try:
