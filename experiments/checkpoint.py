@@ -12,9 +12,9 @@ from typing import Any
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from settings import Settings
 from torch import Tensor
 
+from experiments.settings import Settings
 from gsa_ref import LanguageModel
 
 RUN, TENSORS, LOG = "run.json", "checkpoint.safetensors", "log.jsonl"

@@ -1,13 +1,13 @@
-"""Write text with a trained model: python experiments/generate.py experiments/runs/gsa --prompt "def "."""
+"""Write text with a trained model: python -m experiments.generate experiments/runs/gsa --prompt "def "."""
 
 import argparse
 import sys
 from pathlib import Path
 
-import checkpoint
 import torch
 from safetensors import SafetensorError
 
+from experiments import checkpoint
 from gsa_ref import LanguageModel, generate
 from gsa_ref.generation import decode
 

@@ -1,7 +1,7 @@
 """Train the runs of docs/verify/training.md and store their records.
 
-    python experiments/study.py             whether the indexer learns, and what sparse training costs: on a CPU
-    python experiments/study.py --kernels   the kernels beside the reference, in two precisions: on a GPU
+    python -m experiments.study             whether the indexer learns, and what sparse training costs: on a CPU
+    python -m experiments.study --kernels   the kernels beside the reference, in two precisions: on a GPU
 
 A run whose folder holds it already is not trained again. Delete the folder to do so.
 """
@@ -14,9 +14,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import checkpoint
-import train
-from settings import Settings, add_options
+from experiments import checkpoint, train
+from experiments.settings import Settings, add_options
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "experiments/results/cpu.json"
@@ -107,7 +106,7 @@ def record(folder: Path, name: str, command: str, *, every: bool) -> dict[str, A
     """What a run was, and its log: the lines that have a validation loss, or every line with its losses alone."""
     settings, facts = checkpoint.read_run(folder)
     kept = {key: value for key, value in vars(settings).items() if key not in ("init", "text")}
-    shown = f"python experiments/train.py --out experiments/runs/{name} {command.format(runs='experiments/runs')}"
+    shown = f"python -m experiments.train --out experiments/runs/{name} {command.format(runs='experiments/runs')}"
     lines = [line for line in log(folder) if every or "validation_loss" in line]
     if every:
         losses = ("step", "loss", "indexer_kl", "validation_loss")

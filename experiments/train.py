@@ -1,9 +1,9 @@
 r"""Train a small language model over bytes in one of the paper's four variants.
 
-    python experiments/train.py --out experiments/runs/dense --variant dense --steps 1000
-    python experiments/train.py --out experiments/runs/warm --variant sparse --init experiments/runs/dense \
+    python -m experiments.train --out experiments/runs/dense --variant dense --steps 1000
+    python -m experiments.train --out experiments/runs/warm --variant sparse --init experiments/runs/dense \
         --phase warm_up
-    python experiments/train.py --out experiments/runs/sparse --variant sparse --init experiments/runs/warm
+    python -m experiments.train --out experiments/runs/sparse --variant sparse --init experiments/runs/warm
 
 The same command with --resume goes on from the last checkpoint. README.md, beside this file, describes the log.
 """
@@ -19,16 +19,15 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import checkpoint
-import text
 import torch
-from measure import measure, validation_loss
 from safetensors import SafetensorError
-from settings import Settings, add_options
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from tqdm import tqdm
 
+from experiments import checkpoint, text
+from experiments.measure import measure, validation_loss
+from experiments.settings import Settings, add_options
 from gsa_ref import LanguageModel
 
 

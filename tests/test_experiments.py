@@ -7,7 +7,6 @@ import math
 import os
 import pickle
 import shlex
-import sys
 from argparse import ArgumentParser
 from itertools import pairwise
 from pathlib import Path
@@ -19,19 +18,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 
+from experiments import checkpoint, generate, measure, study, text, train
+from experiments.settings import Settings, add_options
 from gsa_ref import LanguageModel, dense_attention
 from gsa_ref.config import VARIANTS
 from gsa_ref.generation import BOS
 
 ROOT = Path(__file__).parents[1]
-sys.path.insert(0, str(ROOT / "experiments"))
-import checkpoint  # noqa: E402
-import generate  # noqa: E402
-import measure  # noqa: E402
-import study  # noqa: E402
-import text  # noqa: E402
-import train  # noqa: E402
-from settings import Settings, add_options  # noqa: E402
 
 SIZES = {
     "d": 16, "d_ff": 32, "H": 2, "H_kv": 1, "d_h": 8, "H_I": 2, "d_I": 4, "k_base": 6, "k_min": 3, "k_max": 9,
