@@ -35,7 +35,7 @@ def measure(model: LanguageModel, windows: Int64[Tensor, "B L+1"]) -> dict[str, 
     - first_token_share: attention on position 0, over the queries after it.
     - value_gate, output_gate: σ of the gates' logits, where the variant has them.
 
-    - mean_k: k_t, with an indexer.
+    - mean_k, k_low, k_high: k_t, and the values that a tenth of it lies below and above, with an indexer.
 
     With an indexer also, over the rows whose budget is smaller than what they see, if there are any in every layer:
 
@@ -48,6 +48,42 @@ def measure(model: LanguageModel, windows: Int64[Tensor, "B L+1"]) -> dict[str, 
     - captured_ratio_min: the ratio in the layer where it is lowest.
     - recall: share of the selected tokens that the oracle selects as well.
     """
+    rows = measure_layers(model, windows)
+    found = {name: sum(row[name] for row in rows) / len(rows) for name in rows[0] if all(name in row for row in rows)}
+    if "captured" in found:
+        found["captured_ratio"] = found["captured"] / found["captured_oracle"]
+        found["captured_ratio_min"] = min(row["captured"] / row["captured_oracle"] for row in rows)
+    return found
+
+
+@torch.no_grad()
+def measure_layers(model: LanguageModel, windows: Int64[Tensor, "B L+1"]) -> list[dict[str, float]]:
+    """What `measure` takes the means of, by layer."""
+    inputs = attention_inputs(model, windows)
+    return [measure_layer(block.attention, h) for block, h in zip(model.blocks, inputs, strict=True)]  # type: ignore[arg-type]
+
+
+@torch.no_grad()
+def largest_activations(model: LanguageModel, windows: Int64[Tensor, "B L+1"]) -> list[float]:
+    """The largest |x| in the residual stream: before each block, and behind the last one. In eval mode."""
+    found: list[float] = []
+
+    def note(x: Tensor) -> None:
+        found.append(float(x.detach().abs().max()))
+
+    hooks = [block.register_forward_pre_hook(lambda _, args: note(args[0])) for block in model.blocks]
+    hooks.append(model.norm.register_forward_pre_hook(lambda _, args: note(args[0])))
+    model.eval()
+    model(windows[:, :-1])
+    model.train()
+    for hook in hooks:
+        hook.remove()
+    return found
+
+
+@torch.no_grad()
+def attention_inputs(model: LanguageModel, windows: Int64[Tensor, "B L+1"]) -> list[Float[Tensor, "B L d"]]:
+    """The hidden states that the attention of each layer sees, in eval mode."""
     inputs: list[Tensor] = []
     hooks = [
         block.attention.register_forward_pre_hook(lambda _, args: inputs.append(args[0]))  # type: ignore[union-attr]
@@ -58,12 +94,7 @@ def measure(model: LanguageModel, windows: Int64[Tensor, "B L+1"]) -> dict[str, 
     model.train()
     for hook in hooks:
         hook.remove()
-    rows = [measure_layer(block.attention, h) for block, h in zip(model.blocks, inputs, strict=True)]  # type: ignore[arg-type]
-    found = {name: sum(row[name] for row in rows) / len(rows) for name in rows[0] if all(name in row for row in rows)}
-    if "captured" in found:
-        found["captured_ratio"] = found["captured"] / found["captured_oracle"]
-        found["captured_ratio_min"] = min(row["captured"] / row["captured_oracle"] for row in rows)
-    return found
+    return inputs
 
 
 def measure_layer(layer: GatedSparseAttention, h: Float[Tensor, "B L d"]) -> dict[str, float]:
@@ -89,6 +120,7 @@ def measure_layer(layer: GatedSparseAttention, h: Float[Tensor, "B L d"]) -> dic
         limited = counts < past.sum(-1)  # rows that leave something out
         chosen = members(selection, L)
         found["mean_k"] = counts.double().mean()
+        found["k_low"], found["k_high"] = counts.double().quantile(torch.tensor([0.1, 0.9]).to(counts.device).double())
         if limited.any():
             recency = torch.arange(L, dtype=p.dtype, device=h.device).expand_as(past)
             recent, best = (select_tokens(x.masked_fill(~past, -torch.inf), counts) for x in (recency, p.mean(2)))

@@ -11,7 +11,7 @@ import torch
 
 from gsa_ref import GatedSparseAttention, GSAConfig, LanguageModel, ModelConfig
 from gsa_ref._arguments import RULES, check_choice, check_int, check_number
-from gsa_ref.config import VARIANTS
+from gsa_ref.config import GATES, VARIANTS
 from gsa_ref.layer import PHASES
 
 IMPLS = ("reference", "fast")
@@ -36,6 +36,7 @@ class Settings:
     phase: str = option(
         "sparse", "sparse: everything learns; warm_up: only the indexers, beside dense attention", PHASES
     )
+    gates: str | None = option(None, "gates that the model has instead of those of its variant", GATES)
     init: str | None = option(None, "folder of a run whose weights this one begins with; new parts are initialised")
     text: str | None = option(None, "file to learn from (default: Python's standard library)")
 
@@ -76,7 +77,8 @@ class Settings:
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
-            if field.metadata["choices"]:
+            value = getattr(self, field.name)
+            if field.metadata["choices"] and not (value is None and field.default is None):
                 check_choice(field.name, getattr(self, field.name), field.metadata["choices"])
         for name in ("context", "batch", "accumulate", "steps", "eval_every", "eval_windows", "checkpoint_every"):
             check_int(name, getattr(self, name), 1)
@@ -100,9 +102,12 @@ class Settings:
 
     def model_config(self) -> ModelConfig:
         """The sizes of the model."""
-        names = {field.name for field in dataclasses.fields(GSAConfig)}
+        names = {field.name for field in dataclasses.fields(GSAConfig)} - {"gates"}
         attention = GSAConfig(**{name: value for name, value in vars(self).items() if name in names})
-        return ModelConfig(attention=attention.variant(self.variant), n_layers=self.n_layers, d_ff=self.d_ff)
+        attention = attention.variant(self.variant)
+        if self.gates is not None:
+            attention = dataclasses.replace(attention, gates=self.gates)  # type: ignore[arg-type]
+        return ModelConfig(attention=attention, n_layers=self.n_layers, d_ff=self.d_ff)
 
     def build_model(self) -> LanguageModel:
         """A new model in its phase, on its device; the seed determines its weights.

@@ -49,8 +49,8 @@ def main(argv: list[str] | None = None) -> int:
     return 0
 
 
-def train(settings: Settings, out: Path, *, resume: bool = False) -> None:
-    """Train as the settings say; the folder `out` gets the run.
+def train(settings: Settings, out: Path, *, resume: bool = False) -> LanguageModel:
+    """Train as the settings say; the folder `out` gets the run. Returns the trained model.
 
     Raises:
         OSError: the text, the run of `init` or the run to resume cannot be read.
@@ -125,6 +125,7 @@ def train(settings: Settings, out: Path, *, resume: bool = False) -> None:
             bar.set_postfix(loss=f"{line['loss']:.3f}")
             if done % s.checkpoint_every == 0 or done == s.steps:
                 checkpoint.save(out, model, optimizer, generator, done)
+    return model
 
 
 def backward(model: LanguageModel, tokens: Tensor, s: Settings) -> Tensor:

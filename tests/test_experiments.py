@@ -35,7 +35,7 @@ EVERY_STEP = {"step", "tokens", "lr", "loss", "grad_norm"}
 LEARNING_INDEXER = {"indexer_kl", "indexer_grad_norm"}
 VALIDATION = {"validation_loss", "first_token_share"}
 INDEXER = {
-    "mean_k", "captured", "captured_oracle", "captured_recent", "captured_random", "captured_ratio",
+    "mean_k", "k_low", "k_high", "captured", "captured_oracle", "captured_recent", "captured_random", "captured_ratio",
     "captured_ratio_min", "recall",
 }  # fmt: skip
 GATES = {"value_gate", "output_gate"}
@@ -313,6 +313,8 @@ def test_measures_of_uniform_attention_are_those_computed_by_hand(variant: str):
         {
             "first_token_share": float((1 / seen[1:].clamp(max=k)).mean()),
             "mean_k": float(seen.clamp(max=k).mean()),
+            "k_low": float(seen.clamp(max=k).repeat(3).quantile(0.1)),
+            "k_high": k,
             **dict.fromkeys(("captured", "captured_oracle", "captured_recent", "captured_random"), share),
             **dict.fromkeys(("captured_ratio", "captured_ratio_min"), 1.0),
             "recall": found["recall"],  # the oracle's choice among equal shares follows their rounding
@@ -367,7 +369,9 @@ def test_validation_loss_does_not_depend_on_the_batch_size():
 
 def test_budget_of_everything_has_no_captured_share():
     model = small_model(variant="sparse", k_base=24, k_min=24, k_max=24)
-    assert set(measure.measure(model, torch.randint(256, (2, 25)))) == {"mean_k", "first_token_share"}
+    assert set(measure.measure(model, torch.randint(256, (2, 25)))) == {
+        "mean_k", "k_low", "k_high", "first_token_share"
+    }  # fmt: skip
 
 
 # ---- settings, schedule, study ---------------------------------------------------------------------------------------
