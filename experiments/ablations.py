@@ -7,6 +7,7 @@ Runs without a change are not trained again: they are those of `experiments.vari
 """
 
 import sys
+from pathlib import Path
 from typing import Any
 
 from experiments import runner, variants
@@ -48,20 +49,22 @@ def study(smoke: bool, rates: dict[str, float]) -> dict[str, Settings]:
 def main(argv: list[str] | None = None) -> int:
     """Run the command line; returns the exit status."""
     parser = runner.parser(__doc__, RESULTS)
+    parser.add_argument("--variants", type=Path, default=variants.RESULTS, help="records of experiments.variants")
     options = parser.parse_args(argv)
     try:
         if options.smoke:
             rates = {"gsa": 1e-3}
         else:
-            records = {r["name"]: r for r in runner.read(variants.RESULTS)}
+            records = {r["name"]: r for r in runner.read(options.variants)}
             rates = {"gsa": variants.best_rate("gsa", records)}
-        found = runner.run_all(study(options.smoke, rates), options, COMMAND)
+        runs = study(options.smoke, rates)
+        found = runner.run_all(runs, options, COMMAND)
     except ValueError as error:
         parser.error(str(error))
     for name, record in found.items():
         loss = "diverged" if record["diverged"] else f"{record['validation_loss']:.4f}"
         print(f"{name:20s} {loss}")
-    return 0
+    return 1 if len(found) < len(runs) and not options.only else 0
 
 
 if __name__ == "__main__":

@@ -14,6 +14,7 @@ import shutil
 import statistics
 import sys
 import time
+import traceback
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
@@ -97,6 +98,8 @@ def run_all(
         command: what a record says it comes from.
         finish: what else to measure on a trained model, for the record.
 
+    A run that fails, other than by a loss that is not finite, is reported and has no record; the others go on.
+
     Raises:
         ValueError: `--only` fits no run.
     """
@@ -108,21 +111,24 @@ def run_all(
     print(f"{command}: {len(chosen)} runs, {len(chosen) - len(left)} of them on record", file=sys.stderr, flush=True)
     started = time.monotonic()
     for done, (name, found) in enumerate(results(left, options, finish), 1):
+        if isinstance(found, str):
+            print(f"{done}/{len(left)} {name}: FAILED\n{found}", file=sys.stderr, flush=True)
+            continue
         records[name] = {"suite": "experiments", "name": name, "command": command, **found}
         write(options.json, list(records.values()))
         loss = "diverged" if found["diverged"] else f"validation loss {found['validation_loss']:.4f}"
         seconds = time.monotonic() - started
         print(f"{done}/{len(left)} {name}: {loss}, {seconds:.0f} s", file=sys.stderr, flush=True)
-    return {name: records[name] for name in chosen}
+    return {name: records[name] for name in chosen if name in records}
 
 
 def results(
     study: dict[str, Settings], options: argparse.Namespace, finish: Callable[[Any, Settings], dict[str, Any]] | None
-) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Names and records as the runs end: in this process, or in several."""
+) -> Iterator[tuple[str, dict[str, Any] | str]]:
+    """Names and records, or how the run failed, as the runs end: in this process, or in several."""
     if options.jobs == 1:
         for name, settings in study.items():
-            yield name, run_one(settings, options.runs / name, finish)
+            yield name, attempt(settings, options.runs / name, finish)
         return
     context = multiprocessing.get_context("spawn")
     gpus = context.Queue()
@@ -130,7 +136,7 @@ def results(
     for i in range(options.jobs):
         gpus.put(i % n_gpus if n_gpus else None)
     with ProcessPoolExecutor(options.jobs, context, initializer=settle, initargs=(gpus,)) as pool:
-        tasks = {pool.submit(run_one, settings, options.runs / name, finish): name for name, settings in study.items()}
+        tasks = {pool.submit(attempt, settings, options.runs / name, finish): name for name, settings in study.items()}
         for task in as_completed(tasks):
             yield tasks[task], task.result()
 
@@ -141,6 +147,16 @@ def settle(gpus: Any) -> None:
     if gpu is not None:
         torch.cuda.set_device(gpu)
     torch.set_num_threads(1)
+
+
+def attempt(
+    settings: Settings, folder: Path, finish: Callable[[Any, Settings], dict[str, Any]] | None
+) -> dict[str, Any] | str:
+    """A run's record, or the traceback of what it raised."""
+    try:
+        return run_one(settings, folder, finish)
+    except Exception:  # noqa: BLE001  one run of many: reported, and the study ends with status 1
+        return traceback.format_exc()
 
 
 def run_one(
@@ -171,14 +187,13 @@ def run_one(
         return record | {"reason": reason}
     held_out = text.windows(text.read(settings.text).validation, settings.eval_windows, settings.context)
     windows = held_out[: settings.measure_windows].to(settings.device)
-    with train.autocast(settings):
-        record |= {
-            "validation_loss": lines[-1]["validation_loss"],
-            "layers": measure.measure_layers(model, windows),
-            "largest_activations": measure.largest_activations(model, windows),
-        }
-        if finish is not None:
-            record |= finish(model, settings)
+    record |= {
+        "validation_loss": lines[-1]["validation_loss"],
+        "layers": measure.measure_layers(model, windows),
+        "largest_activations": measure.largest_activations(model, windows),
+    }
+    if finish is not None:
+        record |= finish(model, settings)
     return record
 
 

@@ -124,14 +124,15 @@ def main(argv: list[str] | None = None) -> int:
     parser = runner.parser(__doc__, RESULTS)
     options = parser.parse_args(argv)
     try:
-        found = runner.run_all(study(options.smoke, options.runs / "gsa_0"), options, COMMAND, finish=finish)
+        runs = study(options.smoke, options.runs / "gsa_0")
+        found = runner.run_all(runs, options, COMMAND, finish=finish)
     except (OSError, ValueError) as error:
         parser.error(str(error))
     for name, record in found.items():
         for i, layer in enumerate(record.get("selections", [])):
             near = "  ".join(f"{distance}: {share:.2f}" for distance, share in layer["shared"].items())
             print(f"{name} layer {i}: shared with the query at distance {near}")
-    return 0
+    return 1 if len(found) < len(runs) and not options.only else 0
 
 
 if __name__ == "__main__":

@@ -94,7 +94,8 @@ def main(argv: list[str] | None = None) -> int:
         records = {r["name"]: r for r in runner.read(options.json)}
         if not options.no_sweep:
             records |= runner.run_all(sweep(options.smoke), options, COMMAND)
-        found = runner.run_all(main_table(options.smoke, records), options, COMMAND)
+        table = main_table(options.smoke, records)
+        found = runner.run_all(table, options, COMMAND)
     except ValueError as error:
         parser.error(str(error))
     for variant in VARIANTS:
@@ -106,7 +107,7 @@ def main(argv: list[str] | None = None) -> int:
             print(
                 f"{variant:7s} rate {rate:g}  validation loss {sum(losses) / len(losses):.4f} over {len(losses)} seeds"
             )
-    return 0
+    return 1 if len(found) < len(table) and not options.only else 0
 
 
 if __name__ == "__main__":

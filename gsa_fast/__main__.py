@@ -56,6 +56,7 @@ def main(argv: list[str] | None = None) -> int:
     compile_.add_argument(
         "--target", action="append", choices=[f"sm_{c}" for c in SHARED_MEMORY_LIMIT], help="may be repeated"
     )
+    compile_.add_argument("--jobs", type=int, default=1, metavar="N", help="processes that share it (default 1)")
     compile_.add_argument("--json", type=Path, metavar="FILE", help="also write the results as a record")
     bench = commands.add_parser(
         "bench",
@@ -93,6 +94,8 @@ def main(argv: list[str] | None = None) -> int:
         parser.error(f"argument --json: expected a file in an existing folder, got {options.json}")
     command = records.recorded_command(argv)
     if options.command == "compile":
+        if options.jobs < 1:
+            parser.error(f"argument --jobs: expected a number ≥ 1, got {options.jobs}")
         return run_compile(options, command)
     if options.command == "bench":
         suite = {suite.SUITE: suite for suite in (prefill, decode, train)}[options.suite]
@@ -240,7 +243,7 @@ def run_compile(options: argparse.Namespace, command: str) -> int:
     """The `compile` command."""
     targets = options.target or ["sm_80", "sm_90"]
     started = time.monotonic()
-    kernels = compile_shipped(tuple(int(target.removeprefix("sm_")) for target in targets))
+    kernels = compile_shipped(tuple(int(target.removeprefix("sm_")) for target in targets), jobs=options.jobs)
     seconds = time.monotonic() - started
     for k in kernels:
         memory = f"{k.shared_memory:7d} of {k.shared_memory_limit} bytes shared"

@@ -138,6 +138,15 @@ def test_a_run_with_other_settings_is_trained_again(tmp_path: Path):
     assert runner.run_all(settings, options, "a command")["a"]["validation_loss"] != first["validation_loss"]
 
 
+def test_a_run_that_fails_is_reported_and_the_others_go_on(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    options = runner.parser(None, tmp_path / "x.json").parse_args(["--runs", str(tmp_path)])
+    good = runner.settings_of(runner.SMOKE, variant="dense")
+    bad = runner.settings_of(runner.SMOKE, variant="dense", init=str(tmp_path / "nowhere"))
+    assert set(runner.run_all({"bad": bad, "good": good}, options, "a command")) == {"good"}
+    assert "bad: FAILED" in (said := capsys.readouterr().err)
+    assert "nowhere" in said
+
+
 def test_only_fits_a_run_or_is_refused(capsys: pytest.CaptureFixture[str], tmp_path: Path):
     with pytest.raises(SystemExit, match="2"):
         ablations.main(["--smoke", "--only", "nothing", "--json", str(tmp_path / "x.json")])

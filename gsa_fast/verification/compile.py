@@ -6,6 +6,7 @@ compile, shared memory beyond the target's limit, registers spilled to the stack
 """
 
 import math
+import multiprocessing
 import re
 import subprocess
 import tempfile
@@ -262,15 +263,35 @@ def compile_shipped(
     dtypes: tuple[torch.dtype, ...] = (torch.bfloat16, torch.float16, torch.float32),
     head_widths: tuple[int, ...] = (64, 96, 128, 192, 256),
     heads: tuple[tuple[int, int], ...] = ((8, 8), (32, 8), (32, 1)),
+    jobs: int = 1,
 ) -> list[CompiledKernel]:
-    """Compile every kernel variant that the package ships for these dtypes and head widths, with a progress bar."""
-    work = []
+    """Compile every kernel variant that the package ships for these dtypes and head widths, with a progress bar.
+
+    `jobs` processes share the variants; the result is the same.
+    """
+    work: list[tuple[Launch, int]] = []
     for capability in capabilities:
         with recorded_launches(SHARED_MEMORY_LIMIT[capability] < _backend.LARGE_SHARED_MEMORY) as launches:
             for call in shipped_calls(dtypes, head_widths, heads):
                 call()
         work += [(launch, capability) for launch in launches if capability == 90 or not launch.kernel.is_gluon()]
-    return [compile_launch(*item) for item in tqdm(work, unit="kernel", leave=False, disable=None)]
+    bar = partial(tqdm, total=len(work), unit="kernel", leave=False, disable=None)
+    if jobs == 1:
+        return [compile_launch(*item) for item in bar(work)]
+    # A launch holds a function, which no pipe carries: forked processes have it already.
+    with multiprocessing.get_context("fork").Pool(jobs, _inherit, (work,)) as pool:
+        return list(bar(pool.imap(_compile_inherited, range(len(work)))))
+
+
+_inherited: list[tuple[Launch, int]] = []
+
+
+def _inherit(work: list[tuple[Launch, int]]) -> None:
+    _inherited[:] = work
+
+
+def _compile_inherited(i: int) -> CompiledKernel:
+    return compile_launch(*_inherited[i])
 
 
 def summary(kernels: list[CompiledKernel]) -> list[dict[str, Any]]:

@@ -12,7 +12,7 @@ SAMPLE = """
 import sys, torch
 from gsa_fast.verification.compile import compile_shipped
 dtype = getattr(torch, sys.argv[1])
-for k in compile_shipped((int(sys.argv[2]),), (dtype,), (96, 128), ((32, 8),)):
+for k in compile_shipped((int(sys.argv[2]),), (dtype,), (96, 128), ((32, 8),), jobs=2):
     print(k.target, k.kernel, k.shared_memory, k.shared_memory_limit, k.registers, k.stack, k.fits)
 """
 STREAMED = """
