@@ -20,6 +20,7 @@ sys.path.insert(0, str(DOCS / "hooks"))
 import claims  # noqa: E402
 import learning  # noqa: E402
 import notebook_pages  # noqa: E402
+import puzzles  # noqa: E402
 import records  # noqa: E402
 import register  # noqa: E402
 import speed  # noqa: E402
@@ -181,7 +182,9 @@ def test_every_internal_link_and_anchor_resolves(site: Path, pages: dict[Path, P
 
 
 def test_sources_of_the_site_are_not_published(site: Path):
-    assert [p.name for p in site.rglob("*") if p.suffix in (".py", ".pyc", ".ipynb")] == []
+    assert [p.name for p in site.rglob("*") if p.suffix in (".py", ".pyc")] == []
+    downloads = {p.relative_to(site).parent.as_posix() for p in site.rglob("*.ipynb")}
+    assert downloads == {"notebooks/puzzles", "notebooks/solutions"}
 
 
 # ---- the equation index ----------------------------------------------------------------------------------------------
@@ -227,6 +230,26 @@ def test_learn_pages_open_with_their_strip(site: Path):
         text = (site / "learn" / stem / "index.html").read_text(encoding="utf-8")
         opening = re.sub(r"<[^>]+>", "", text.split('<div class="thread">')[1].split("</div>")[0])
         assert re.search(r"oracle .+ · PyTorch .+ · kernel .+ · tests .+ · notebook.* · API", opening), opening
+
+
+def test_the_puzzles_page_lists_every_puzzle_and_the_strips_lead_to_it(site: Path, pages: dict[Path, Page]):
+    text = (site / "learn/puzzles/index.html").read_text(encoding="utf-8")
+    found = puzzles.posed(ROOT)
+    for path, group in found.items():
+        assert path.stem[3:] in pages[site / "learn/puzzles/index.html"].ids
+        assert f'href="../../notebooks/puzzles/{path.name}"' in text
+        for p in group:
+            cells = f"<td>{p.title}</td>\n<td>{p.teaches}</td>\n<td>{p.difficulty}</td>"
+            assert cells in re.sub("</?code>", "`", text), p.title
+    total = sum(map(len, found.values()))
+    assert re.search(rf"{total} puzzles \(\d+ easy, \d+ medium, \d+ hard\), \d+\.\d hours", text)
+    assert "[puzzles](../learn/puzzles.md#gates)" in thread.strip(ROOT, "learn/gates.md", "gates")
+
+
+def test_a_stem_without_puzzles_has_none_in_its_strip(copy: Path):
+    assert "puzzles" in thread.strip(copy, "learn/gates.md", "gates")
+    (copy / "notebooks/puzzles/05_gates.ipynb").unlink()
+    assert "puzzles" not in thread.strip(copy, "learn/gates.md", "gates")
 
 
 def test_a_strip_counts_kernels_where_it_would_name_many():
@@ -816,11 +839,6 @@ def test_notebook_links_become_page_links():
     assert 'href="../01_b/"' in html
     assert 'href="https://c.example"' in html
     assert broken == ["gone.md"]
-
-
-def test_notebook_nav_has_a_section_for_each_folder():
-    paths = ["notebooks/00_a.ipynb", "notebooks/01_b.ipynb", "notebooks/puzzles/01_b.ipynb"]
-    assert notebook_pages.nav(paths) == [*paths[:2], {"Puzzles": paths[2:]}]
 
 
 def test_notebook_template_loses_its_remote_scripts_and_cells_keep_theirs():

@@ -22,7 +22,12 @@ SECTIONS = (
     *("Picture", "Kernel preview", "Puzzle", "Recap and links"),
 )
 
+PUZZLES = sorted((ROOT / "notebooks").glob("*/[0-9][0-9]_*.ipynb"))  # and solutions: see test_puzzles.py
+
 each_notebook = pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+each_file = pytest.mark.parametrize(
+    "path", NOTEBOOKS + PUZZLES, ids=lambda path: path.relative_to(ROOT / "notebooks").with_suffix("").as_posix()
+)
 
 
 def cells(path: Path, kind: str) -> list[nbformat.NotebookNode]:
@@ -57,13 +62,13 @@ def test_there_are_notebooks():
     assert [path.stem for path in NOTEBOOKS] == expected
 
 
-@each_notebook
+@each_file
 def test_every_code_cell_was_executed_in_order(path):
     counts = [cell.execution_count for cell in cells(path, "code")]
     assert counts == list(range(1, len(counts) + 1))
 
 
-@each_notebook
+@each_file
 def test_outputs_hold_no_errors_no_warnings_and_nothing_that_changes_between_runs(path):
     for cell in cells(path, "code"):
         assert "execution" not in cell.metadata, "time stamps: use notebooks/execute.py"
@@ -95,21 +100,21 @@ def test_a_prediction_is_asked_for_and_the_next_cell_asserts_the_answer(path):
     assert re.findall(r"^reveal\((guess_\w+), ", "\n".join(answers), re.MULTILINE) == guesses
 
 
-@each_notebook
+@each_file
 def test_asks_no_other_host_for_anything(path):
     notebook = nbformat.read(path, as_version=4)
     text = "\n".join(cell.source for cell in notebook.cells) + str(notebook)
     assert not re.search(r"""!\[[^\]]*\]\(\s*(https?:)?//|\b(src|href)\s*=\s*\\?["']?(https?:)?//""", text)
 
 
-@each_notebook
+@each_file
 def test_links_lead_to_files_of_the_project(path):
     for cell in cells(path, "markdown"):
         for target in re.findall(r"\]\(([^)#\s]+)[^)]*\)", cell.source):
             assert (path.parent / target).exists(), target
 
 
-@each_notebook
+@each_file
 def test_imports_only_what_pyproject_lists(path):
     imported = set()
     for cell in cells(path, "code"):
