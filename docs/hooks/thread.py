@@ -23,6 +23,7 @@ from learning import DIRECTIVES as LEARNING
 from records import DIRECTIVES as RECORDS
 from speed import DIRECTIVES as SPEED
 from speed import table
+from teaching import DIRECTIVES as TEACHING
 
 log = logging.getLogger("mkdocs.hooks.thread")
 
@@ -381,6 +382,7 @@ DIRECTIVES: dict[str, Callable[..., str]] = {
     **RECORDS,
     **SPEED,
     **LEARNING,
+    **TEACHING,
     **register.DIRECTIVES,
 }
 DIRECTIVE = re.compile(r"\{\{ (\w+)((?: [\w./-]+)*) \}\}")
