@@ -3,14 +3,14 @@
 - Minutes stand in the notebooks. A notebook that does not exist yet is left out of every list, and appears in them with
   its file.
 - docs/teach/syllabi.toml has the blocks of the lectures and how courses are made of them.
-- docs/teach/questions.py has the exam questions. tests/test_teach.py runs their checks.
+- docs/teach/questions.toml has the exam questions. tests/test_teach.py runs their checks.
 """
 
 import json
 import re
 import tomllib
 from collections.abc import Callable
-from importlib.util import module_from_spec, spec_from_file_location
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ from register import PROPERTIES
 from speed import table
 
 SYLLABI = "docs/teach/syllabi.toml"
-QUESTIONS = "docs/teach/questions.py"
+QUESTIONS = "docs/teach/questions.toml"
 UP = "../"  # from docs/teach/ to docs/
 NOTEBOOKS = "notebooks"
 MINUTES = re.compile(r"\*\*(\d+) minutes\.\*\*")
@@ -183,13 +183,27 @@ def _lab(root: Path, session: dict[str, Any]) -> str:
 # ---- exam questions --------------------------------------------------------------------------------------------------
 
 
-def questions(root: Path) -> tuple[Any, ...]:
-    """The questions of docs/teach/questions.py."""
-    spec = spec_from_file_location("questions", root / QUESTIONS)
-    assert spec is not None and spec.loader is not None
-    module = module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return tuple(module.QUESTIONS)
+@dataclass(frozen=True)
+class Question:
+    """One question. In its answer «name» stands for one of its values, which its check computes."""
+
+    level: str  # of LEVELS
+    topic: str
+    minutes: int
+    question: str
+    answer: str
+    values: dict[str, str] = field(default_factory=dict)
+    check: str = ""
+    properties: list[int] = field(default_factory=list)  # of the register
+
+
+def questions(root: Path) -> list[Question]:
+    """The questions of docs/teach/questions.toml.
+
+    Raises:
+        TypeError: one lacks a field, or has another.
+    """
+    return [Question(**q) for q in tomllib.loads((root / QUESTIONS).read_text(encoding="utf-8"))["questions"]]
 
 
 def with_values(text: str, values: dict[str, str]) -> str:
