@@ -39,7 +39,8 @@ def excerpt(root: Path, deck: str, page: str, slug: str, kind: str, number: int 
     found = [block for block in blocks(at.text) if kind_of(block) == kind]
     if not 1 <= number <= len(found):
         raise LookupError(f"{page}#{slug} has {len(found)} of {kind}, not {number}")
-    link = f"[{at.of}: {at.title}]({page}#{slug})"
+    title = at.of if at.title.startswith(at.of) else f"{at.of}: {at.title}"
+    link = f"[{title}]({page}#{slug})"
     text = rebase(expand(root, found[number - 1], page), page, deck)
     # Two lists in a row would become one.
     return text + "\n\n<!-- -->" * (kind == "list"), rebase(link, "index.md", deck)
@@ -62,7 +63,7 @@ def fill(root: Path, deck: str, markdown: str) -> str:
 
         slides[i] = REFERENCE.sub(replace, slide)
         if sources:
-            slides[i] += "\n" + " · ".join(sources) + "\n{: .source }\n\n"
+            slides[i] = f"{slides[i].rstrip()}\n\n{' · '.join(sources)}\n{{: .source }}\n\n"
     return "".join(slides)
 
 
@@ -73,7 +74,8 @@ def cut(html: str) -> str:
     heads = [re.match(r'<h[12] id="([^"]+)">(.*?)</h[12]>', part, re.DOTALL) for part in parts]
     names, titles = [head[1] for head in heads if head], [head[2] for head in heads if head]
     listed = "".join(f'<li><a href="#{i}">{t}</a></li>' for i, t in zip(names[1:], titles[1:], strict=True))
-    parts[0] += f"<p>{HINT}</p><details><summary>The slides of this deck</summary><ol>{listed}</ol></details>"
+    contents = f"<details><summary>The slides of this deck</summary><ol>{listed}</ol></details>"
+    parts[0] += f'<div class="hint"><p>{HINT}</p>{contents}</div>'
     found = []
     for n, (part, name) in enumerate(zip(parts, names, strict=True)):
         part = part.replace(f'id="{name}"', f'id="{name}-title"', 1)
