@@ -272,6 +272,7 @@ def copy(tmp_path: Path) -> Path:
     (tmp_path / "docs/assets/mathjax").mkdir()
     (tmp_path / "docs/assets/mathjax/tex-chtml.js").touch()  # the build never reads it, and it is large
     shutil.copy(ROOT / "mkdocs.yml", tmp_path)
+    shutil.copy(ROOT / "CITATION.cff", tmp_path)
     thread.all_objects.cache_clear()
     return tmp_path
 

@@ -24,6 +24,7 @@ from puzzles import DIRECTIVES as PUZZLES
 from records import DIRECTIVES as RECORDS
 from speed import DIRECTIVES as SPEED
 from speed import table
+from teaching import DIRECTIVES as TEACHING
 
 log = logging.getLogger("mkdocs.hooks.thread")
 
@@ -390,6 +391,7 @@ DIRECTIVES: dict[str, Callable[..., str]] = {
     **SPEED,
     **LEARNING,
     **PUZZLES,
+    **TEACHING,
     **register.DIRECTIVES,
 }
 DIRECTIVE = re.compile(r"\{\{ (\w+)((?: [\w./-]+)*) \}\}")
