@@ -31,6 +31,8 @@ from gsa_ref import LanguageModel, indexed_selection
 from gsa_ref.config import VARIANTS
 
 RESULTS = study.ROOT / "experiments/results/long_range.json"
+SHORT = ((0.4, 8), (0.5, 4), (0.6, 2))  # until which share of the steps context is divided by what
+DENSE = 0.7  # share of the steps in which variants with an indexer attend densely
 FACTORS = (1, 2, 4, 8)  # test lengths, over the training length
 QUINTILES = 5
 Z95 = 1.959964  # of the normal distribution, for 95 %
@@ -39,11 +41,11 @@ Z95 = 1.959964  # of the normal distribution, for 95 %
 SIZES: dict[str, Any] = {
     "d": 256, "n_layers": 4, "d_ff": 688, "H": 4, "H_kv": 2, "d_h": 64, "H_I": 4, "d_I": 64, "indexer_rope": True,
     "rule": "fixed", "k_base": 64, "k_min": 64, "k_max": 64, "kl_temperature": 0.1,
-    "context": 512, "batch": 64, "steps": 600, "lr": 1e-3, "lr_warm_up": 50,
+    "context": 512, "batch": 64, "steps": 1000, "lr": 2e-3, "lr_warm_up": 50,
 }  # fmt: skip
 SMOKE: dict[str, Any] = {
     "d": 32, "n_layers": 2, "d_ff": 64, "H": 2, "H_kv": 1, "d_h": 16, "H_I": 2, "d_I": 16,
-    "k_base": 8, "k_min": 8, "k_max": 8, "context": 64, "batch": 8, "steps": 6, "lr_warm_up": 2,
+    "k_base": 16, "k_min": 16, "k_max": 16, "context": 128, "batch": 2, "steps": 6, "lr_warm_up": 2,
 }  # fmt: skip
 SEQUENCES = 500  # that a test counts over
 TOKENS = 32768  # of a batch in a test
@@ -143,15 +145,20 @@ def run(task: Task, settings: Settings, source: text.Text, count: int) -> dict[s
 
 def dense_steps(s: Settings) -> int:
     """Steps at the beginning in which attention is dense in variants with an indexer too, which learns beside it."""
-    return s.steps // 2 if VARIANTS[s.variant]["sparse"] else s.steps
+    return round(DENSE * s.steps) if VARIANTS[s.variant]["sparse"] else s.steps
+
+
+def length(step: int, s: Settings) -> int:
+    """Tokens of a sequence at a step: short ones first, on which the task is found sooner, then `context`."""
+    return next((s.context // divisor for until, divisor in SHORT if step < until * s.steps), s.context)
 
 
 def learn(task: Task, s: Settings, source: text.Text) -> tuple[LanguageModel, list[dict[str, float]]]:
     """A model trained as the settings say; and its log, a line for each tenth of the steps, with means over them.
 
-    The loss is the cross-entropy of the answers alone. A model with an indexer attends densely in the first half of the
-    steps while its indexer learns from all of that attention, then sparsely: an indexer that knows nothing would hide
-    the answers.
+    The loss is the cross-entropy of the answers alone. All steps have as many tokens; `length` says how long their
+    sequences are. A model with an indexer attends densely at first while its indexer learns from all of that attention,
+    then sparsely: an indexer that knows nothing would hide the answers.
     """
     model = s.build_model().train()
     optimizer, indexers, others = train.build_optimizer(model, s)
@@ -164,7 +171,8 @@ def learn(task: Task, s: Settings, source: text.Text) -> tuple[LanguageModel, li
             model.requires_grad_(True)  # unlike the warm-up of a trained model, here all learns in both phases
         for group in optimizer.param_groups:
             group["lr"] = train.learning_rate(step, s)
-        batch = generate(task, source.train, s.batch, s.context, generator)
+        L = length(step, s)
+        batch = generate(task, source.train, s.batch * s.context // L, L, generator)
         tokens, mask = batch.tokens.to(s.device), batch.mask.to(s.device)
         with train.autocast(s):
             output = model(tokens[:, :-1])
