@@ -8,7 +8,6 @@ A run that the record holds already is not trained again, so a command that was 
 """
 
 import argparse
-import dataclasses
 import json
 import math
 import platform
@@ -72,7 +71,7 @@ def main(argv: list[str] | None = None) -> int:
         return 0
     sizes = SIZES | (SMOKE if o.smoke else {}) | {"device": o.device, "impl": o.impl, "dtype": o.dtype}
     sizes |= {name: value for name in ("steps", "lr") if (value := getattr(o, name)) is not None}
-    count = 10 if o.smoke else o.sequences
+    count = 4 if o.smoke else o.sequences
     try:
         source = text.read(None)
         for task in [TASKS[o.task]] if o.task else TASKS.values():
@@ -85,6 +84,9 @@ def main(argv: list[str] | None = None) -> int:
                         study.write(o.json, [*records, found])
     except (TypeError, ValueError, OSError) as error:
         parser.error(str(error))
+    except FloatingPointError as error:
+        print(error, file=sys.stderr)
+        return 1
     return 0
 
 
@@ -121,7 +123,8 @@ def run(task: Task, settings: Settings, source: text.Text, count: int) -> dict[s
         FloatingPointError: the loss is not finite.
     """
     began = time.perf_counter()
-    model, log = learn(task, settings, source)
+    with train.deterministic(settings.device == "cpu"):
+        model, log = learn(task, settings, source)
     trained = time.perf_counter()
     tests = [evaluate(task, model, settings, source, settings.context * f, count) for f in FACTORS]
     return {
@@ -201,9 +204,7 @@ def learn(task: Task, s: Settings, source: text.Text) -> tuple[LanguageModel, li
 
 
 @torch.no_grad()
-def evaluate(
-    task: Task, model: LanguageModel, s: Settings, source: text.Text, L: int, count: int
-) -> dict[str, Any]:
+def evaluate(task: Task, model: LanguageModel, s: Settings, source: text.Text, L: int, count: int) -> dict[str, Any]:
     """The test at one length, on sequences that every variant gets, with text that none was trained on.
 
     A question counts as answered if all tokens of its value are the likeliest ones after their predecessors.
@@ -227,11 +228,12 @@ def evaluate(
         depth.append((batch.sources[..., 0] - 1) * QUINTILES // (batch.body - 1))
         hits.append(selected)
     correct, fifth = torch.cat(right), torch.cat(depth)
-    result = {"length": L, "sequences": count, "questions": correct.numel(), **share(correct, count)}
-    result["depths"] = []
+    depths = []
     for i in range(QUINTILES):
         inside = fifth == i
-        result["depths"].append(share(correct[inside], int(inside.any(-1).sum())))
+        depths.append(share(correct[inside], int(inside.any(-1).sum())))
+    result: dict[str, Any] = {"length": L, "sequences": count, "questions": correct.numel()}
+    result |= {**share(correct, count), "depths": depths}
     if model.config.attention.sparse:
         over_layers = torch.cat(hits, 1)  # [layers, count, n, m]
         result["selected"] = [round(x, 4) for x in over_layers.double().mean((1, 2, 3)).tolist()]
@@ -255,7 +257,7 @@ def answer(
             likeliest = model(tokens[:, :-1]).logits.argmax(-1).cpu()
             for block, h in zip(model.blocks, inputs, strict=True):
                 if model.config.attention.sparse:
-                    hits.append(selects(block.attention, h, batch))  # type: ignore[arg-type]
+                    hits.append(selects(block.attention, h, batch))
     finally:
         for hook in hooks:
             hook.remove()

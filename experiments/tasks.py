@@ -4,7 +4,7 @@ Both are sequences BOS, body, questions. The body is real text in which keys sta
 a key from the body, after which the value has to follow:
 
     BOS  import os … K v v v v … return x  K v v v v      needle: one key, a value of four tokens
-    BOS  imp K v ort os … K v re K v turn  K v  K v  K v   recall: many keys, values of one token, asked in another order
+    BOS  imp K v ort os … K v re K v turn  K v  K v  K v   recall: many keys, asked for in another order
 
 Keys and values are bytes of 128 and more, which the text has not, so that a small model can tell them from it: what is
 tested is the distance, not the reading.
@@ -29,7 +29,7 @@ class Task:
 
     Attributes:
         name: "needle" or "recall".
-        value_length: m, tokens of a value, all different.
+        value_length: m, tokens of a value; the i-th is one of the i-th m-th of VALUES, as a digit that shows its place.
         most_pairs: pairs of a long sequence. Short ones hold fewer: one for each 16 tokens.
     """
 
@@ -94,7 +94,10 @@ def generate(task: Task, text: Tensor, batch: int, L: int, generator: torch.Gene
     tokens = tokens.masked_fill(tokens >= KEYS.start, SPACE)
     tokens[:, 0] = BOS
     keys = KEYS.start + choose(n, len(KEYS))  # [B, n]
-    values = torch.rand(batch, n, len(VALUES), generator=generator).argsort(-1)[..., :m] + VALUES.start  # [B, n, m]
+    of_each = len(VALUES) // m  # tokens that stand first in a value, second, …
+    values = torch.randint(of_each, (batch, n, m), generator=generator) + torch.arange(
+        VALUES.start, VALUES.stop, of_each
+    )
     pairs = torch.cat((keys[..., None], values), -1)  # [B, n, 1 + m]
     places = 1 + choose(n, free).sort(-1)[0] + m * torch.arange(n)  # [B, n], of the keys
     places = places[..., None] + torch.arange(width)  # [B, n, 1 + m]
