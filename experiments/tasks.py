@@ -18,8 +18,8 @@ from torch import Tensor
 
 from gsa_ref.generation import BOS
 
-KEYS = range(128, 192)
-VALUES = range(192, 256)
+KEYS = range(128, 160)
+VALUES = range(160, 192)
 SPACE = 32  # stands for what the text has of BOS and of bytes of 128 and more
 
 
@@ -30,7 +30,7 @@ class Task:
     Attributes:
         name: "needle" or "recall".
         value_length: m, tokens of a value; the i-th is one of the i-th m-th of VALUES, as a digit that shows its place.
-        most_pairs: pairs of a long sequence. Short ones hold fewer: one for each 16 tokens.
+        most_pairs: pairs of a long sequence. Short ones hold fewer: one for each 8 tokens.
     """
 
     name: str
@@ -39,10 +39,10 @@ class Task:
 
     def pairs(self, L: int) -> int:
         """Number of pairs, and of questions: each is asked once."""
-        return max(min(L // 16, self.most_pairs), 1)
+        return max(min(L // 8, self.most_pairs), 1)
 
 
-TASKS = {"needle": Task("needle", 4, 1), "recall": Task("recall", 1, 32)}
+TASKS = {"needle": Task("needle", 4, 1), "recall": Task("recall", 1, 16)}
 
 
 @dataclass(frozen=True)

@@ -76,7 +76,7 @@ def test_questions_tell_nothing_of_where_or_what_the_answer_is():
         assert abs(correlation) < 4 / batch**0.5
     recall = tasks.generate(tasks.TASKS["recall"], TEXT, batch, L, generator)
     first = recall.sources[:, :, 0].argsort(-1)[:, 0]  # which question asks for the first pair
-    assert torch.bincount(first, minlength=4).min() > 0.8 * batch / 4
+    assert torch.bincount(first, minlength=8).min() > 0.8 * batch / 8
 
 
 def test_sequences_follow_from_the_seed_and_only_it():
@@ -146,7 +146,7 @@ def test_depths_are_fifths_of_the_body():
     assert [line["accuracy"] for line in found["depths"]] == [0, 1, 1, 1, 1]  # of 123 places for the first token
 
 
-@pytest.mark.parametrize("budget", [1, 63, 64])
+@pytest.mark.parametrize("budget", [1, 30, 45, 64])
 def test_selected_counts_the_sources_that_a_layer_selects(budget: int):
     """An indexer that prefers late tokens selects the last `budget` that a query sees."""
     s = Settings(variant="sparse", **SIZES | {"k_base": budget, "k_min": 1, "k_max": 64, "n_layers": 1})
