@@ -30,7 +30,7 @@ from gsa_ref import LanguageModel, indexed_selection
 from gsa_ref.config import VARIANTS
 
 RESULTS = study.ROOT / "experiments/results/long_range.json"
-SHORT = ((0.4, 8), (0.5, 4), (0.6, 2))  # until which share of the steps context is divided by what
+SHORT = ((0.3, 8), (0.45, 4), (0.6, 2))  # until which share of the steps context is divided by what
 DENSE = 0.7  # share of the steps in which variants with an indexer attend densely
 FACTORS = (1, 2, 4, 8)  # test lengths, over the training length
 QUINTILES = 5
@@ -40,7 +40,7 @@ Z95 = 1.959964  # of the normal distribution, for 95 %
 SIZES: dict[str, Any] = {
     "d": 256, "n_layers": 4, "d_ff": 688, "H": 4, "H_kv": 2, "d_h": 64, "H_I": 4, "d_I": 64, "indexer_rope": True,
     "rule": "fixed", "k_base": 64, "k_min": 64, "k_max": 64, "kl_temperature": 0.1,
-    "context": 512, "batch": 64, "steps": 1000, "lr": 2e-3, "lr_warm_up": 50,
+    "context": 512, "batch": 64, "steps": 1500, "lr": 2e-3, "lr_warm_up": 50,
 }  # fmt: skip
 SMOKE: dict[str, Any] = {
     "d": 32, "n_layers": 2, "d_ff": 64, "H": 2, "H_kv": 1, "d_h": 16, "H_I": 2, "d_I": 16,

@@ -30,7 +30,8 @@ class Task:
     Attributes:
         name: "needle" or "recall".
         value_length: m, tokens of a value; the i-th is one of the i-th m-th of VALUES, as a digit that shows its place.
-        most_pairs: pairs of a long sequence. Short ones hold fewer: one for each 8 tokens.
+        most_pairs: pairs of a long sequence. Short ones hold fewer, one for each 32 tokens: which value
+            belongs to which key is found sooner where there are two.
     """
 
     name: str
@@ -39,7 +40,7 @@ class Task:
 
     def pairs(self, L: int) -> int:
         """Number of pairs, and of questions: each is asked once."""
-        return max(min(L // 8, self.most_pairs), 1)
+        return max(min(L // 32, self.most_pairs), 1)
 
 
 TASKS = {"needle": Task("needle", 4, 1), "recall": Task("recall", 1, 16)}
