@@ -171,7 +171,7 @@ def test_a_run_with_an_indexer_and_no_run_at_all_are_refused(
     monkeypatch.setattr(text, "read", lambda path: SOURCE)
     folder = tmp_path / "sparse"
     train.train(study.parse(f"{indexers.SMOKE} --variant sparse --steps 1 --context 32", folder), folder)
-    for arguments, message in (([str(folder)], "dense attention, got sparse"), ([], "expected a folder")):
+    for arguments, message in (([str(folder), "--smoke"], "dense attention, got sparse"), ([], "expected a folder")):
         with pytest.raises(SystemExit):
             indexers.main([*arguments, "--json", str(tmp_path / "x.json")])
         assert message in capsys.readouterr().err
