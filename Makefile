@@ -54,9 +54,10 @@ unit: $(VENV)/.dev ## the test suite
 	$(PYTEST) -k compiled tests/ref
 	$(PYTEST) tests/fast $(wildcard tests/test_*.py)
 
-# Their tensors are small: more than one thread only costs where several notebooks run at once.
+# Their tensors are small: more than one thread only costs where several notebooks run at once. The puzzles and their
+# solutions are compared with their stored outputs by tests/test_puzzles.py, in one process.
 notebooks: $(VENV)/.dev ## execute the notebooks and compare with the stored outputs
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --nbval --nbval-current-env -p no:cacheprovider -n $(JOBS) --dist loadscope notebooks
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --nbval --nbval-current-env -p no:cacheprovider -n $(JOBS) --dist loadscope $(wildcard notebooks/*.ipynb)
 
 notebook-outputs: $(VENV)/.dev ## execute the notebooks and store their outputs
 	$(BIN)/python notebooks/execute.py

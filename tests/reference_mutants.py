@@ -33,7 +33,7 @@ from typing import Any
 ROOT = Path(__file__).parents[1]
 RECORD = ROOT / "benchmarks/results/cpu/reference_mutants.json"
 COMMAND = "python -m tests.reference_mutants"
-# Generators of test cases, and presentation: see do_not_mutate in pyproject.toml.
+# Generators of test cases, and presentation; the puzzles too: see do_not_mutate in pyproject.toml.
 LEFT_OUT = ("cases", "tour", "__main__")
 # Compiled code holds no mutant to choose; the other tests take many times as long as all the rest.
 SLOW = ("compiled", "10000", "two_processes", "learns_one_sentence")
@@ -128,7 +128,8 @@ def modules() -> list[str]:
     """The modules with mutants, as dotted names below gsa_ref."""
     found = sorted((ROOT / "gsa_ref").rglob("*.py"))
     names = [".".join(path.relative_to(ROOT / "gsa_ref").with_suffix("").parts) for path in found]
-    return [name for name in names if name not in LEFT_OUT and not name.endswith("__init__")]
+    left_out = (*LEFT_OUT, *(name for name in names if name.startswith("puzzles.")))
+    return [name for name in names if name not in left_out and not name.endswith("__init__")]
 
 
 def tests_of(module: str) -> list[str]:

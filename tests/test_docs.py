@@ -181,7 +181,9 @@ def test_every_internal_link_and_anchor_resolves(site: Path, pages: dict[Path, P
 
 
 def test_sources_of_the_site_are_not_published(site: Path):
-    assert [p.name for p in site.rglob("*") if p.suffix in (".py", ".pyc", ".ipynb")] == []
+    assert [p.name for p in site.rglob("*") if p.suffix in (".py", ".pyc")] == []
+    downloads = {p.relative_to(site).parent.as_posix() for p in site.rglob("*.ipynb")}
+    assert downloads == {"notebooks/puzzles", "notebooks/solutions"}
 
 
 # ---- the equation index ----------------------------------------------------------------------------------------------
@@ -816,11 +818,6 @@ def test_notebook_links_become_page_links():
     assert 'href="../01_b/"' in html
     assert 'href="https://c.example"' in html
     assert broken == ["gone.md"]
-
-
-def test_notebook_nav_has_a_section_for_each_folder():
-    paths = ["notebooks/00_a.ipynb", "notebooks/01_b.ipynb", "notebooks/puzzles/01_b.ipynb"]
-    assert notebook_pages.nav(paths) == [*paths[:2], {"Puzzles": paths[2:]}]
 
 
 def test_notebook_template_loses_its_remote_scripts_and_cells_keep_theirs():

@@ -1,7 +1,8 @@
 """Notebooks as pages: they stay in notebooks/, outside docs/, and mkdocs-jupyter renders them.
 
 This hook adds them to the site, rewrites their links (mkdocs checks links of Markdown pages only), and takes out what
-the notebook template would load from other hosts.
+the notebook template would load from other hosts. The puzzles and their solutions are files to download, not pages:
+mkdocs.yml tells mkdocs-jupyter to ignore them.
 """
 
 import html as html_text
@@ -19,6 +20,7 @@ from mkdocs.utils import get_relative_url
 log = logging.getLogger("mkdocs.hooks.notebook_pages")
 
 FOLDER = "notebooks"
+DOWNLOADS = ("notebooks/puzzles", "notebooks/solutions")
 # The template's own scripts: MathJax 2, require.js and Mermaid from public hosts. Only the copy button is local.
 SCRIPT = re.compile(r"<script\b.*?</script>", re.DOTALL)
 STYLE = re.compile(r"<style\b[^>]*>(.*?)</style>", re.DOTALL)
@@ -28,19 +30,9 @@ KEEP = "clipboard"
 NO_ALT = 'alt="No description has been provided for this image"'
 
 
-def notebooks(root: Path) -> list[str]:
-    """Paths of the notebooks relative to the root, in reading order: main ones, then each subfolder."""
-    found = [p for p in (root / FOLDER).rglob("*.ipynb") if ".ipynb_checkpoints" not in p.parts]
-    return sorted((p.relative_to(root).as_posix() for p in found), key=lambda p: (p.count("/"), p))
-
-
-def nav(paths: list[str]) -> list[Any]:
-    """Nav entries: the notebooks of the folder itself, then one section for each subfolder."""
-    items: list[Any] = [p for p in paths if p.count("/") == 1]
-    for folder in dict.fromkeys(posixpath.dirname(p) for p in paths if p.count("/") > 1):
-        name = posixpath.relpath(folder, FOLDER).replace("/", ": ").capitalize()
-        items.append({name: [p for p in paths if posixpath.dirname(p) == folder]})
-    return items
+def notebooks(root: Path, folder: str = FOLDER) -> list[str]:
+    """Paths of the notebooks in a folder, relative to the root, in reading order."""
+    return sorted(p.relative_to(root).as_posix() for p in (root / folder).glob("*.ipynb"))
 
 
 def split_template(html: str) -> tuple[list[str], str]:
@@ -103,7 +95,7 @@ def on_config(config: Any) -> Any:
     """Add the notebooks to the nav, behind Home and Learn."""
     found = notebooks(Path(config.config_file_path).parent)
     if found:
-        config.nav.insert(2, {"Notebooks": nav(found)})
+        config.nav.insert(2, {"Notebooks": found})
     _styles.clear()
     return config
 
@@ -112,7 +104,7 @@ def on_config(config: Any) -> Any:
 def on_files(files: Any, config: Any) -> Any:
     """Add the notebooks to the files of the site."""
     root = Path(config.config_file_path).parent
-    for path in notebooks(root):
+    for path in (path for folder in (FOLDER, *DOWNLOADS) for path in notebooks(root, folder)):
         files.append(File(path, str(root), config.site_dir, config.use_directory_urls))
     return files
 

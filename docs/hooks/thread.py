@@ -20,6 +20,7 @@ from typing import Any
 import register  # mkdocs loads a hook with its folder on the path
 from claims import claims_list, claims_verdicts
 from learning import DIRECTIVES as LEARNING
+from puzzles import DIRECTIVES as PUZZLES
 from records import DIRECTIVES as RECORDS
 from speed import DIRECTIVES as SPEED
 from speed import table
@@ -131,6 +132,12 @@ def tests_of(root: Path, stem: str) -> list[str]:
 def notebook_of(root: Path, stem: str) -> str | None:
     """The notebook of a stem, `notebooks/NN_<stem>.ipynb`."""
     found = sorted((root / "notebooks").glob(f"[0-9][0-9]_{stem}.ipynb"))
+    return found[0].relative_to(root).as_posix() if found else None
+
+
+def puzzles_of(root: Path, stem: str) -> str | None:
+    """The notebook of a stem's puzzles, `notebooks/puzzles/NN_<stem>.ipynb`."""
+    found = sorted((root / "notebooks/puzzles").glob(f"[0-9][0-9]_{stem}.ipynb"))
     return found[0].relative_to(root).as_posix() if found else None
 
 
@@ -263,7 +270,7 @@ class Links:
 
 
 def strip(root: Path, page: str, stem: str) -> str:
-    """The line that opens a Learn page: Eq. n · oracle · PyTorch · kernel · tests · notebook · API."""
+    """The line that opens a Learn page: Eq. n · oracle · PyTorch · kernel · tests · notebook · puzzles · API."""
     links = Links(root, page)
     threads = [thread(root, e) for e in entries(root) if e.stem == stem]
     label = ", ".join(LABELS.get(t.entry.tag, t.entry.tag) for t in threads)
@@ -278,6 +285,7 @@ def strip(root: Path, page: str, stem: str) -> str:
         f"kernel {links.kernel_in_brief(merged(lambda t: t.kernel))}",
         f"tests {links.tests(threads[0].tests)}",
         links.file(threads[0].notebook, "notebook") if threads[0].notebook else f"notebook {NOT_YET}",
+        *([links.file(f"learn/puzzles.md#{stem}", "puzzles")] if puzzles_of(root, stem) else []),
         links.file(f"reference/{stem}.md", "API"),
     ]
     return '<div class="thread" markdown>\n' + " · ".join(parts) + "\n</div>"
@@ -381,6 +389,7 @@ DIRECTIVES: dict[str, Callable[..., str]] = {
     **RECORDS,
     **SPEED,
     **LEARNING,
+    **PUZZLES,
     **register.DIRECTIVES,
 }
 DIRECTIVE = re.compile(r"\{\{ (\w+)((?: [\w./-]+)*) \}\}")
@@ -403,10 +412,10 @@ def expand(root: Path, text: str, page: str) -> str:
 
 
 def on_config(config: Any) -> Any:
-    """Put the Learn pages that exist behind the first entry of the nav, in the order of the stems."""
+    """Put the Learn pages that exist behind the first entry of the nav, in the order of the stems; then the puzzles."""
     root = Path(config.config_file_path).parent
     pages = [{s.capitalize(): p} for s in STEMS if (p := page_of(root, s))]
-    config.nav.insert(1, {"Learn": pages})
+    config.nav.insert(1, {"Learn": [*pages, {"Puzzles": "learn/puzzles.md"}]})
     return config
 
 

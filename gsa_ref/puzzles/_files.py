@@ -60,6 +60,11 @@ def posed(path: Path) -> list[Posed]:
     return found
 
 
+def title(path: Path) -> str:
+    """What the heading of a notebook says, such as "01 · The indexer"."""
+    return cells(path, "markdown")[0].partition("\n")[0].removeprefix("# Puzzles ")
+
+
 def names(path: Path) -> list[str]:
     """The puzzles that a notebook checks."""
     return [name for source in cells(path) for name in CHECK.findall(source)]
