@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from gsa_ref.puzzles import Example, find
 from gsa_ref.puzzles._hunt import hunt
 from gsa_ref.puzzles._interpreter import kernel_puzzle, programs_reversed, watched
-from tests.wrong_solutions import planted  # sets TRITON_INTERPRET
+from tests.wrong_solutions import planted  # which sets TRITON_INTERPRET
 
 triton = pytest.importorskip("triton", reason="needs Triton", exc_type=ImportError)
 tl = triton.language

@@ -253,6 +253,11 @@ def test_comparison(got, expected, text):
     assert Example({}, expected).problem(got) == text
 
 
+def test_a_name_belongs_to_one_puzzle():
+    names = [p.name for stem in stems() for p in puzzles_of(stem)]
+    assert len(names) == len(set(names)) >= 20
+
+
 def test_an_unknown_name_is_refused():
     with pytest.raises(ValueError, match=r"name: expected one of .*stable_sigmoid"):
         check("unstable_sigmoid", abs)

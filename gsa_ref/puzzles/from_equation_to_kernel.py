@@ -152,7 +152,7 @@ def batch_scores(drawn: tuple[int, int, list[int], list[int], int, int, str, int
     oracle="a sort in NumPy, exactly",
     examples=60,
 )
-def threshold_and_ties(drawn: tuple[list[float], int]) -> Example:
+def threshold_by_counting(drawn: tuple[list[float], int]) -> Example:
     """Few different numbers, so that ties are frequent."""
     row, rank = drawn
     scores, k = torch.tensor([row], dtype=torch.float32), min(rank, len(row))

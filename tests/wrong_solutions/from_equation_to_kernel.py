@@ -61,7 +61,7 @@ WRONG = plant(
             "zero_for_the_unseen": [('float("-inf")', "0.0")],
             "channels_past_the_width": [("mask=(s < S)[:, None] & (c < d_I)[None, :]", "mask=(s < S)[:, None]")],
         },
-        "threshold_and_ties": {
+        "threshold_by_counting": {
             "negative_numbers_in_reverse": [("key = tl.where(bits < 0, bits ^ 0x7FFFFFFF, bits)", "key = bits")],
             "minus_zero_below_zero": [
                 ("tl.where(x == 0.0, 0, x.to(tl.int32, bitcast=True))", "x.to(tl.int32, bitcast=True)")

@@ -4,20 +4,14 @@ Triton reads the source of a kernel, so a fault is planted in the text and not i
 """
 
 import linecache
-import os
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from gsa_ref.puzzles import _files
 
 SOLUTIONS = Path(__file__).parents[2] / "notebooks/solutions"
-
-if not torch.cuda.is_available():
-    os.environ["TRITON_INTERPRET"] = "1"  # before Triton is imported, as in tests/fast/conftest.py
 
 
 @cache
