@@ -20,6 +20,7 @@ sys.path.insert(0, str(DOCS / "hooks"))
 import claims  # noqa: E402
 import learning  # noqa: E402
 import notebook_pages  # noqa: E402
+import puzzles  # noqa: E402
 import records  # noqa: E402
 import register  # noqa: E402
 import speed  # noqa: E402
@@ -229,6 +230,26 @@ def test_learn_pages_open_with_their_strip(site: Path):
         text = (site / "learn" / stem / "index.html").read_text(encoding="utf-8")
         opening = re.sub(r"<[^>]+>", "", text.split('<div class="thread">')[1].split("</div>")[0])
         assert re.search(r"oracle .+ · PyTorch .+ · kernel .+ · tests .+ · notebook.* · API", opening), opening
+
+
+def test_the_puzzles_page_lists_every_puzzle_and_the_strips_lead_to_it(site: Path, pages: dict[Path, Page]):
+    text = (site / "learn/puzzles/index.html").read_text(encoding="utf-8")
+    found = puzzles.posed(ROOT)
+    for path, group in found.items():
+        assert path.stem[3:] in pages[site / "learn/puzzles/index.html"].ids
+        assert f'href="../../notebooks/puzzles/{path.name}"' in text
+        for p in group:
+            cells = f"<td>{p.title}</td>\n<td>{p.teaches}</td>\n<td>{p.difficulty}</td>"
+            assert cells in re.sub("</?code>", "`", text), p.title
+    total = sum(map(len, found.values()))
+    assert re.search(rf"{total} puzzles \(\d+ easy, \d+ medium, \d+ hard\), \d+\.\d hours", text)
+    assert "[puzzles](../learn/puzzles.md#gates)" in thread.strip(ROOT, "learn/gates.md", "gates")
+
+
+def test_a_stem_without_puzzles_has_none_in_its_strip(copy: Path):
+    assert "puzzles" in thread.strip(copy, "learn/gates.md", "gates")
+    (copy / "notebooks/puzzles/05_gates.ipynb").unlink()
+    assert "puzzles" not in thread.strip(copy, "learn/gates.md", "gates")
 
 
 def test_a_strip_counts_kernels_where_it_would_name_many():

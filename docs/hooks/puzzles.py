@@ -38,9 +38,9 @@ def puzzles_list(root: Path) -> str:
         if lesson:
             links.append(f"[lesson](../notebooks/{lesson.name})")
         links.append(f"[solutions](../notebooks/solutions/{path.name}){{ download='{path.stem}_solutions.ipynb' }}")
-        rows = [[p.title, f"`{p.name}`", p.difficulty, str(p.minutes), p.teaches] for p in group]
+        rows = [[p.title, p.teaches, p.difficulty, p.minutes] for p in group]
         lines += [f"### {title(path)} {{ #{path.stem[3:]} }}", "", " · ".join(links), ""]
-        lines += [table(["puzzle", "function", "difficulty", "minutes", "what it teaches"], rows, left=5), ""]
+        lines += [table(["puzzle", "what it teaches", "difficulty", "minutes"], rows, left=3), ""]
     return "\n".join(lines)
 
 
