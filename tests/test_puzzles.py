@@ -4,6 +4,8 @@ import contextlib
 import importlib.util
 import io
 import re
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -85,7 +87,7 @@ def test_a_notebook_poses_all_puzzles_of_its_stem_in_order(path):
 
 
 @each_puzzle
-def test_a_statement_has_an_equation_or_code_a_hint_a_common_mistake_and_shapes(path):
+def test_a_statement_has_a_hint_and_a_common_mistake_and_a_stub_says_what_it_returns(path):
     notebook = nbformat.read(path, as_version=4)
     statements = [c.source for c in notebook.cells if _files.STATEMENT.match(c.source)]
     assert len(statements) == len(_files.posed(path))
@@ -169,6 +171,12 @@ def test_what_a_solution_raises_is_told_with_its_line_and_its_input():
     assert "(line 2 of divides)" in text
     assert "n = 3" in text
     assert "got" not in text
+
+
+def test_a_function_with_other_parameters_is_told_what_came():
+    text = successor.run(lambda: 0).text
+    assert "raised TypeError: " in text
+    assert "takes 0 positional arguments but 1 was given\n" in text
 
 
 def test_a_warning_counts_as_an_error_unless_the_puzzle_says_otherwise():
@@ -330,8 +338,9 @@ def test_what_is_no_notebook_of_puzzles_is_refused(tmp_path, capsys, text):
 
 
 def test_the_list_names_every_puzzle(capsys, tmp_path):
-    assert __main__.main(["list"]) == 0
-    out = capsys.readouterr().out
+    command = [sys.executable, "-m", "gsa_ref.puzzles", "list"]
+    out = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    assert "01 · The indexer  (01_indexer.ipynb)" in out
     assert all(
         re.search(rf"^  {p.name} +(easy|medium|hard) +\d+ min  \S", out, re.MULTILINE)
         for s in stems()

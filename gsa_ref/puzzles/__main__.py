@@ -41,7 +41,7 @@ def _list(folder: Path) -> int:
             f"no notebooks in {folder}: they are in a checkout of the project, not in the installed package"
         )
     for path in files:
-        print(path.name)
+        print(f"{_files.title(path)}  ({path.name})")
         for p in _files.posed(path):
             print(f"  {p.name:24} {p.difficulty:7} {p.minutes:3} min  {p.title}")
     return 0
