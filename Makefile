@@ -39,8 +39,8 @@ test: lint types unit notebook-tests docs ## everything that CI runs
 site: $(VENV)/.dev ## build the site strictly, and show it at http://127.0.0.1:8000
 	$(BIN)/python -m mkdocs serve --strict
 
-# Installed on demand: no test needs JupyterLab.
-$(VENV)/.notebooks: $(VENV)/.dev
+# Installed on demand: no test needs JupyterLab, and a reader no test tool.
+$(VENV)/.notebooks: $(VENV)/.package
 	$(BIN)/python -m pip install --progress-bar off -q -e '.[notebooks]'
 	@touch $@
 

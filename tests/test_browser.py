@@ -22,6 +22,7 @@ if not CHROMIUM:
 from axe_playwright_python.sync_playwright import Axe  # noqa: E402
 from playwright.sync_api import Browser, Page, sync_playwright  # noqa: E402
 
+pytestmark = pytest.mark.timeout(1800)  # one fixture opens all pages
 ROOT = Path(__file__).parent.parent
 PHONE, DESKTOP = 390, 1280
 SCHEMES = {"light": "default", "dark": "slate"}  # what the reader's system asks for, and what the theme calls it
@@ -55,7 +56,9 @@ READ_PAGE = r"""() => {
   }
   return {
     drawn: document.querySelectorAll("mjx-container").length,
-    math_errors: [...document.querySelectorAll("mjx-merror, [data-mjx-error]")].map(e => e.textContent),
+    // An unknown macro is no error to MathJax: it is written out, in red.
+    math_errors: [...document.querySelectorAll("mjx-merror, [data-mjx-error], mjx-container [style*='color: red']")]
+      .map(e => e.textContent),
     raw,
     no_alt: [...document.images].filter(e => !e.alt.trim()).map(e => e.src.slice(0, 80)),
     not_shown: [...document.images].filter(e => e.complete && !e.naturalWidth).map(e => e.src.slice(0, 80)),
@@ -69,6 +72,7 @@ READ_LAYOUT = """async () => {
   const wide = document.scrollingElement.scrollWidth - document.documentElement.clientWidth;
   const out = wide <= 0 ? [] : [...document.body.querySelectorAll("*")]
     .filter(e => e.getBoundingClientRect().right > document.documentElement.clientWidth + 1)
+    .filter(e => !e.closest(".md-typeset__scrollwrap, pre"))
     .slice(0, 5).map(e => e.tagName + "." + e.className);
   return { scheme: document.body.dataset.mdColorScheme, wide, out };
 }"""
