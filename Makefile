@@ -11,7 +11,7 @@ VERIFY ?=
 FUZZ   ?=
 JOBS   ?= 2
 
-.PHONY: help verify test lint types unit notebooks notebook-outputs docs serve fuzz mutants mutation coverage gpu clean
+.PHONY: help verify test site notebooks lint types unit notebook-tests notebook-outputs docs browser fuzz mutants mutation coverage gpu clean
 .DEFAULT_GOAL := help
 
 help: ## list the targets
@@ -34,7 +34,18 @@ $(VENV)/.dev: $(VENV)/.package
 verify: $(VENV)/.package ## check the kernels against the reference (VERIFY="--quick" and so on)
 	$(BIN)/python -m gsa_fast verify $(VERIFY)
 
-test: lint types unit notebooks docs ## everything that CI runs
+test: lint types unit notebook-tests docs ## everything that CI runs
+
+site: $(VENV)/.dev ## build the site strictly, and show it at http://127.0.0.1:8000
+	$(BIN)/python -m mkdocs serve --strict
+
+# Installed on demand: no test needs JupyterLab, and a reader no test tool.
+$(VENV)/.notebooks: $(VENV)/.package
+	$(BIN)/python -m pip install --progress-bar off -q -e '.[notebooks]'
+	@touch $@
+
+notebooks: $(VENV)/.notebooks ## open the notebooks in JupyterLab
+	$(BIN)/python -m jupyterlab notebooks
 
 lint: $(VENV)/.dev ## ruff
 	$(BIN)/ruff check .
@@ -56,17 +67,24 @@ unit: $(VENV)/.dev ## the test suite
 
 # Their tensors are small: more than one thread only costs where several notebooks run at once. The puzzles and their
 # solutions are compared with their stored outputs by tests/test_puzzles.py, in one process.
-notebooks: $(VENV)/.dev ## execute the notebooks and compare with the stored outputs
+notebook-tests: $(VENV)/.dev ## execute the notebooks and compare with the stored outputs
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --nbval --nbval-current-env -p no:cacheprovider -n $(JOBS) --dist loadscope $(wildcard notebooks/*.ipynb)
 
 notebook-outputs: $(VENV)/.dev ## execute the notebooks and store their outputs
 	$(BIN)/python notebooks/execute.py
 
-docs: $(VENV)/.dev ## build the site, strictly
+docs: $(VENV)/.dev ## build the site into site/, strictly
 	$(BIN)/python -m mkdocs build --strict
 
-serve: $(VENV)/.dev ## the site at http://127.0.0.1:8000
-	$(BIN)/python -m mkdocs serve
+# A browser is not installed here: CHROMIUM is the path of Chromium or Chrome.
+CHROMIUM ?= $(firstword $(shell command -v chromium chromium-browser google-chrome))
+$(VENV)/.browser: $(VENV)/.dev
+	$(BIN)/python -m pip install --progress-bar off -q -e '.[browser]'
+	@touch $@
+
+browser: $(VENV)/.browser ## open every page of the site in Chromium (CHROMIUM=/path/to/chromium)
+	@test -x "$(CHROMIUM)" || { echo "No Chromium was found; call make browser CHROMIUM=/path/to/chromium"; exit 1; }
+	CHROMIUM='$(CHROMIUM)' $(BIN)/python -m pytest -p no:xdist tests/test_browser.py
 
 fuzz: $(VENV)/.dev ## 10,000 calls with bad or odd input; each must end as the contracts say (FUZZ="--calls 500" and so on)
 	$(BIN)/python -m tests.fuzzing $(FUZZ)

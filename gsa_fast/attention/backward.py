@@ -20,6 +20,7 @@ from gsa_fast.attention.union_backward_hopper import channels_in_order, union_ba
 
 # float32 has no matrix units that keep its precision, and its tiles would not fit the registers.
 FLOAT32_TILE_ROWS = 16
+FLOAT32_WIDTH = 128  # channels whose float32 tiles fit 99 KiB of shared memory
 # The parts that tiles give to dk and dv are kept for one round of tiles at a time, in as many bytes as this many
 # float32 copies of dk and dv have, or LEAST_PART_BYTES.
 PART_COPIES = 6
