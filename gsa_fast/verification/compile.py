@@ -28,7 +28,7 @@ from triton.runtime.jit import JITFunction
 
 import gsa_fast
 from gsa_fast import _backend
-from gsa_fast.attention import METHODS, union_hopper
+from gsa_fast.attention import METHODS, backward, union_hopper
 from gsa_fast.verification.interpreter import attention_method
 from gsa_ref import GSAConfig, Selection
 
@@ -182,6 +182,8 @@ def shipped_calls(
                         yield partial(_attend_by, method, q, k, k, selection, output_gate_logits=gate, impl="triton")
                         if method == "union" and d_h in union_hopper.HEAD_WIDTHS:
                             yield partial(_attend_on_hopper, q, k, k, selection, output_gate_logits=gate, impl="triton")
+                if dtype == torch.float32 and backward.too_wide(d_h, q.device):
+                    continue
                 for on_hopper in (False, True) if d_h in union_hopper.HEAD_WIDTHS else (False,):
                     for deterministic in (True, False):
                         yield partial(_backward, on_hopper, deterministic, q, k, selection)
