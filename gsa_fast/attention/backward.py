@@ -83,7 +83,7 @@ def attend_backward(
     is_float32 = q.dtype == torch.float32
     if is_float32 and too_wide(block_d, device):
         raise ValueError(
-            f"q: expected float16, bfloat16 or at most {FLOAT32_WIDTH} channels for the gradients on a device with less "
+            f"q: expected float16, bfloat16 or at most {FLOAT32_WIDTH} channels for gradients on a device with less "
             f"than {_backend.LARGE_SHARED_MEMORY // 1024} KiB of shared memory, got float32 with {d_h}"
         )
     queries = max(1, FLOAT32_TILE_ROWS // group) if is_float32 else union.queries_per_tile(group)
