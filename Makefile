@@ -94,9 +94,11 @@ mutants: $(VENV)/.dev ## apply faults to copies of the kernels; every one must t
 	$(BIN)/python -m tests.mutants --generated
 
 # On a GPU the compiler takes most of the time, so more processes help: make gpu JOBS=14. What asks for 4 GiB of memory
-# per test runs alone. The cheap properties run 10,000 examples each.
+# per test runs alone. The cheap properties run 10,000 examples each. initcheck does not see what cuBLAS writes: of
+# torch.nn.functional.linear(x, w).float() alone, in bfloat16, it reports every element. Hence no layer there.
 RESULTS   ?= benchmarks/results/h200
 SANITIZER ?= compute-sanitizer
+NO_LAYER   = $(addprefix --stem ,indexer budget selection indexed_selection attention attention_backward gates decode training)
 gpu: $(VENV)/.dev ## the checks that need a GPU, with their records (JOBS=14, RESULTS=... and so on)
 	$(BIN)/python -m gsa_fast verify --examples 100 --jobs $(JOBS) --json $(RESULTS)/verification.json
 	$(BIN)/python -m gsa_fast verify --stem decode --dtype float32 --examples 1000 --jobs $(JOBS) --json $(RESULTS)/verification_decode.json
@@ -107,7 +109,9 @@ gpu: $(VENV)/.dev ## the checks that need a GPU, with their records (JOBS=14, RE
 	$(PYTEST) -n 1 -k 'past_two_to_the_31' tests/fast
 	HYPOTHESIS_PROFILE=gpu $(PYTEST) --timeout 3600 -m property -k 'not past_two_to_the_31' tests/fast/test_gates.py tests/fast/test_budget.py
 	for tool in memcheck racecheck initcheck synccheck; do \
-	  $(SANITIZER) --tool $$tool --error-exitcode 1 $(BIN)/python -m gsa_fast verify --dtype bfloat16 --examples 2 || exit 1; \
+	  if [ $$tool = initcheck ]; then stems="$(NO_LAYER)"; else stems=; fi; \
+	  $(SANITIZER) --tool $$tool --error-exitcode 1 \
+	    $(BIN)/python -m gsa_fast verify $$stems --dtype bfloat16 --dtype float32 --examples 2 || exit 1; \
 	done
 
 # Installed on demand: mutmut is no part of `make test`, and brings a terminal interface along.

@@ -45,6 +45,7 @@ SELECT_OPTIONS = {"num_warps": 4, "maxnreg": 168}
 LARGE_OPTIONS = {"num_warps": 8, "maxnreg": 168}
 FLOAT32_OPTIONS = {"num_warps": 8, "num_stages": 1}
 SAMPLE_TILES = 16  # per program
+REDO_TILE_BYTES = 2**15  # of keys: shared memory holds two such tiles
 
 
 @dataclass(frozen=True)
@@ -82,6 +83,11 @@ def shortlist_size(k: int, stride: int) -> float:
     expected = k / stride
     r = 33 / 32 * (expected + Z * Z / 2 + Z * math.sqrt(1.1 * expected + Z * Z / 4))
     return stride * (r + Z / 2 * math.sqrt(r))
+
+
+def keys_in_order(dtype: torch.dtype) -> bool:
+    """Whether the columns of a tile of scores are the keys in their order: see `shortlist.RUNS`."""
+    return dtype == torch.float32
 
 
 def rows_per_chunk(L: int, affordable: int, block_l: int) -> int:
@@ -164,7 +170,8 @@ def launch_streamed_selection(
             q, k_idx, w, bias, start, lengths, threshold, tie, entries, sizes, statistics,
             *q.stride(), *k_idx.stride(), *w.stride(), *bias.stride(),
             n_rows, first_row, S, splits, segment, spans, scale,
-            **widths, BLOCK_L=block_l, SPAN=SPAN, APPROXIMATE=approximate, **options,
+            **widths, BLOCK_L=block_l, SPAN=SPAN, IN_ORDER=keys_in_order(q_idx.dtype), APPROXIMATE=approximate,
+            **options,
         )  # fmt: skip
         select_kernel[(B * n_rows,)](
             entries, sizes, statistics, mean_variance, start, lengths,
@@ -180,13 +187,14 @@ def launch_streamed_selection(
             )  # fmt: skip
 
     # As many rows at once as the shortlists' memory has room for, now that it is free.
+    redo_block_s = min(128, REDO_TILE_BYTES // (widths["BLOCK_D"] * k_idx.element_size()))
     scratch = entries.view(torch.float32) if 2 * len(entries) >= S else torch.empty(S, device=device)
     redo_kernel[(min(264, B * L, len(scratch) // S),)](
         q_idx, k_idx, head_logits, bias, mean_variance, start, lengths,
         scratch, indices, counts, variance, failed, n_failed,
         *q_idx.stride(), *k_idx.stride(), *head_logits.stride(), *bias.stride(),
         L, S, K, scale, *budget,
-        RULE=RULE_CODES[rule], **widths | {"BLOCK_S": 128}, BLOCK_H=max(16, triton.next_power_of_2(H_I)),
+        RULE=RULE_CODES[rule], **widths | {"BLOCK_S": redo_block_s}, BLOCK_H=max(16, triton.next_power_of_2(H_I)),
         BLOCK_ROW=row_block(S), num_warps=8,
     )  # fmt: skip
     return n_failed

@@ -48,11 +48,11 @@ def test_a_green_run_prints_one_row_per_stem_and_dtype_and_exits_0(capsys, tmp_p
     assert all(row["worst_error"] <= row["budget"] for row in record["rows"])
 
 
-def test_cases_do_not_depend_on_how_many_processes_share_them(monkeypatch):
+def test_cases_do_not_depend_on_how_many_processes_share_them(monkeypatch, device):
     monkeypatch.setattr(run, "SHARD_CASES", 4)
     examples = {"gates": 10, "budget": 3}
     alone, shared = (
-        run.verify(("gates", "budget"), ("float32", "float16"), "cpu", examples, seed=1, jobs=jobs) for jobs in (1, 2)
+        run.verify(("gates", "budget"), ("float32", "float16"), device, examples, seed=1, jobs=jobs) for jobs in (1, 2)
     )
     assert [(row.stem, row.dtype, row.cases) for row in alone] == [
         ("gates", "float32", 10), ("gates", "float16", 10), ("budget", "float32", 3),
