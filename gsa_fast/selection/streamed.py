@@ -28,9 +28,10 @@ SAMPLE_BYTES = 256 * 2**20
 # Candidates that a program of `select_kernel` holds in registers, and of `select_large_kernel`: the second pays if few
 # rows need it, the third is for many keys, when the samples are far between.
 CAPACITY, LARGE_CAPACITY, LARGEST_CAPACITY = 4096, 8192, 16384
-MAX_SAMPLES = 16384
+MAX_STRIDE, MAX_SAMPLES = 64, 16384
 SPAN = 4096  # keys that share statistics
 BLOCK_L, BLOCK_S = 64, 32
+REDO_BLOCK_S = 128  # keys that `redo_kernel` scores at a time
 # A program of `shortlist_kernel` holds the query tiles of all indexer heads.
 MAX_HEADS, MAX_CHANNELS = 8, 512
 MIN_PROGRAMS = 512  # splits of the rows of a short input, until there are as many
@@ -69,7 +70,7 @@ def shortlist_plan(S: int, K: int, k_base: int, H_I: int, d_I: int) -> Plan | No
     for common, capacity in (
         (CAPACITY, LARGE_CAPACITY), (LARGE_CAPACITY, LARGE_CAPACITY), (LARGEST_CAPACITY, LARGEST_CAPACITY)
     ):  # fmt: skip
-        stride = 64
+        stride = MAX_STRIDE
         while stride > 1 and triton.cdiv(S, stride) <= MAX_SAMPLES:
             if shortlist_size(k_base, stride) <= common and shortlist_size(K, stride) <= capacity - BLOCK_S:
                 return Plan(stride, capacity)
@@ -186,7 +187,7 @@ def launch_streamed_selection(
         scratch, indices, counts, variance, failed, n_failed,
         *q_idx.stride(), *k_idx.stride(), *head_logits.stride(), *bias.stride(),
         L, S, K, scale, *budget,
-        RULE=RULE_CODES[rule], **widths | {"BLOCK_S": 128}, BLOCK_H=max(16, triton.next_power_of_2(H_I)),
+        RULE=RULE_CODES[rule], **widths | {"BLOCK_S": REDO_BLOCK_S}, BLOCK_H=max(16, triton.next_power_of_2(H_I)),
         BLOCK_ROW=row_block(S), num_warps=8,
     )  # fmt: skip
     return n_failed
