@@ -25,7 +25,7 @@ import resource
 import sys
 import traceback
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -35,6 +35,8 @@ RECORD = ROOT / "benchmarks/results/cpu/reference_mutants.json"
 COMMAND = "python -m tests.reference_mutants"
 # Generators of test cases, and presentation: see do_not_mutate in pyproject.toml.
 LEFT_OUT = ("cases", "tour", "__main__")
+# Tests about every function of a package.
+GENERAL = {"": ["test_functions", "test_arguments"], "equations": ["test_equations"]}
 # Compiled code holds no mutant to choose; the other tests take many times as long as all the rest.
 SLOW = ("compiled", "10000", "two_processes", "learns_one_sentence")
 # Without the plugins that collect garbage at the end of every run, which costs more than the tests.
@@ -132,11 +134,11 @@ def modules() -> list[str]:
 
 
 def tests_of(module: str) -> list[str]:
-    """The test files whose subject the module is."""
+    """The test files whose subject the module is, and those about all functions of its package."""
     *package, name = module.split(".")
-    names = ["test_arguments"] if name == "_arguments" else [f"test_{name}"]
-    names.insert(0, "test_equations" if package else "test_functions")
-    found = [f"tests/ref/{n}.py" for n in names]
+    names = GENERAL.get("".join(package), []) + ([f"test_{name}"] if name != "_arguments" else [])
+    names.append("_".join(("test", *package, name)))
+    found = [f"tests/ref/{n}.py" for n in dict.fromkeys(names)]
     return [path for path in found if (ROOT / path).is_file()]
 
 
@@ -162,6 +164,39 @@ class Fastest:
 
     def pytest_collection_modifyitems(self, items: list[Any]) -> None:
         items.sort(key=lambda item: self.seconds.get(item.nodeid, 0.0))
+
+
+class Forks:
+    """A pytest plugin: with the tests collected, a forked process per mutant goes on to run them.
+
+    Args:
+        waiting: names of mutants.
+        jobs: how many processes run at a time.
+        ended: called with a mutant and the exit code of its tests.
+    """
+
+    def __init__(self, waiting: list[str], jobs: int, ended: Callable[[str, int], None]) -> None:
+        self.waiting, self.jobs, self.ended = waiting, jobs, ended
+        self.in_child = False
+
+    def pytest_runtestloop(self) -> bool | None:
+        from mutmut.mutation.trampoline import set_mutant_under_test
+
+        gc.freeze()
+        running: dict[int, str] = {}
+        while self.waiting or running:
+            while self.waiting and len(running) < self.jobs:
+                name = self.waiting.pop()
+                if (child := os.fork()) == 0:
+                    self.in_child = True
+                    set_mutant_under_test(name)
+                    used = int(sum(resource.getrusage(resource.RUSAGE_SELF)[:2]))
+                    resource.setrlimit(resource.RLIMIT_CPU, (used + CPU_SECONDS, used + CPU_SECONDS + 1))
+                    return None  # pytest's own loop follows
+                running[child] = name
+            child, wait_status = os.wait()
+            self.ended(running.pop(child), os.waitstatus_to_exitcode(wait_status))
+        return True
 
 
 def run_module(module: str, jobs: int, which: str) -> None:
@@ -199,26 +234,19 @@ def run_module(module: str, jobs: int, which: str) -> None:
         plugin.seconds.clear()
         if (code := pytest.main(arguments, plugins=[plugin])) != 0:
             raise RuntimeError(f"{module}: expected its tests to pass without a mutant, got exit status {int(code)}")
-    gc.freeze()
-    running: dict[int, str] = {}
-    while waiting or running:
-        while waiting and len(running) < jobs:
-            name = waiting.pop()
-            if (child := os.fork()) == 0:
-                status = 3
-                try:
-                    set_mutant_under_test(name)
-                    used = int(sum(resource.getrusage(resource.RUSAGE_SELF)[:2]))
-                    resource.setrlimit(resource.RLIMIT_CPU, (used + CPU_SECONDS, used + CPU_SECONDS + 1))
-                    status = int(pytest.main(arguments, plugins=[plugin]))
-                finally:
-                    os._exit(status)
-            running[child] = name
-        child, wait_status = os.wait()
-        data.exit_code_by_key[running.pop(child)] = os.waitstatus_to_exitcode(wait_status)
+
+    def ended(name: str, code: int) -> None:
+        data.exit_code_by_key[name] = code
         os.chdir(ROOT)  # where mutmut looks for its files
         data.save()
         os.chdir(ROOT / "mutants")
+
+    forks, status = Forks(waiting, jobs, ended), 3
+    try:
+        status = int(pytest.main(arguments, plugins=[plugin, forks]))
+    finally:
+        if forks.in_child:
+            os._exit(status)
 
 
 def run_modules(chosen: Iterable[str], jobs: int, which: str) -> None:

@@ -14,6 +14,7 @@ from gsa_ref import Selection, equations, indexed_selection, select_tokens
 from gsa_ref.cases import IndexedSelectionCase, Limits, SelectionCase, draw_scores, indexed_selection_cases
 from gsa_ref.cases import selection_cases as cases
 from gsa_ref.check import budget_interval, topk_certificate
+from gsa_ref.selection import largest_budget
 from tests.ref import oracle
 from tests.strategies import ROWS_WITH_BUDGETS, SEEDS
 
@@ -277,6 +278,13 @@ def test_inputs_are_left_as_they_were(case):
     select_tokens(scores, budget, width=case.width)
     assert torch.equal(scores.nan_to_num(9e9), copies[0].nan_to_num(9e9))
     assert torch.equal(budget, copies[1])
+
+
+def test_the_default_width_is_between_one_and_the_most_tokens():
+    scores = torch.zeros(1, 2, 3)
+    assert select_tokens(scores, int32([[0, 1]])).indices.shape == (1, 2, 1)
+    assert select_tokens(scores[:, :0], torch.zeros(1, 0, dtype=torch.int32)).indices.shape == (1, 0, 1)
+    assert largest_budget(int32([[1, 2**24]])) == 2**24
 
 
 def test_budgets_below_one_select_nothing():
