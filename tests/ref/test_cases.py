@@ -4,9 +4,10 @@ import dataclasses
 import json
 import math
 
+import hypothesis
 import pytest
 import torch
-from hypothesis import given, seed, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gsa_ref import (
@@ -174,7 +175,7 @@ def test_most_drawn_rows_leave_keys_out(stem):
     # Ten at a time: after that Hypothesis mostly varies what it has drawn.
     independent = settings(max_examples=10, derandomize=False, database=None)
     for number in range(6):
-        seed(number)(independent(given(STRATEGIES[stem]("float32", Limits()))(collect)))()
+        hypothesis.seed(number)(independent(given(STRATEGIES[stem]("float32", Limits()))(collect)))()
     assert torch.cat(rows).float().mean() > 0.5
 
 
