@@ -326,10 +326,11 @@ def test_ten_thousand_sequences_in_a_batch():
     ],
 )
 def test_validate_names_the_violated_rule_and_the_row(row, count, message):
-    indices, counts = int32([[[0, 1, 4], [0, 1, 4]], [[0, 1, 4], row]]), int32([[3, 3], [3, count]])
-    with pytest.raises(ValueError, match=message) as error:
+    good = [0, 1, 4]
+    indices, counts = int32([[good, good, good], [good, good, row]]), int32([[3, 3, 3], [3, 3, count]])
+    with pytest.raises(ValueError, match=f"^{message}") as error:
         Selection(indices, counts).validate(n_keys=5)
-    assert f"got count {count} and {row} in row [1, 1]" in str(error.value)
+    assert f"got count {count} and {row} in row [1, 2]" in str(error.value)
 
 
 def test_validate_accepts_what_keeps_the_rules():
