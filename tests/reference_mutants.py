@@ -5,6 +5,8 @@
     python -m tests.reference_mutants --survivors    what survived, against tests that were added since
     python -m tests.reference_mutants --report       run nothing: the record of the results in `mutants/`
 
+The record keeps the results of modules that were run elsewhere, until they are run here.
+
 A mutant is one changed expression of one function. mutmut (`[tool.mutmut]` in pyproject.toml) writes all of them into
 one copy of the package, `mutants/`, of which a process chooses one: PyTorch is loaded once, and a mutant costs a fork.
 mutmut skips decorated functions, the module level, and what its configuration leaves out. Only the tests of the
@@ -394,16 +396,7 @@ def results(module: str) -> dict[str, Any] | None:
             continue
         lines = get_diff_for_mutant(name, path=data.path).splitlines()
         diff = [" ".join(line.split()) for line in lines if re.match(r"[-+] ", line)]
-        found = explain(name, diff)
-        survivors.append(
-            {
-                "mutant": name.removeprefix("gsa_ref."),
-                "status": status,
-                "diff": diff,
-                "kind": found.kind if found else None,
-                "why": found.why if found else None,
-            }
-        )
+        survivors.append({"mutant": name.removeprefix("gsa_ref."), "status": status, "diff": diff})
     counts = Counter(statuses.values())
     row = {"module": module, "mutants": len(statuses), KILLED: counts[KILLED], TIMED_OUT: counts[TIMED_OUT]}
     return {**row, SURVIVED: len(survivors), "survivors": survivors}
@@ -426,7 +419,12 @@ def main(argv: list[str] | None = None) -> int:
         make_mutants()
         which = "survivors" if options.survivors else "all" if options.modules else "new"
         run_modules(options.modules or modules(), options.jobs, which)
-    rows = [row for module in modules() if (row := results(module)) is not None]
+    known = json.loads(RECORD.read_text(encoding="utf-8"))["modules"] if RECORD.is_file() else []
+    earlier = {row["module"]: row for row in known}
+    rows = [row for module in modules() if (row := results(module) or earlier.get(module)) is not None]
+    for survivor in (survivor for row in rows for survivor in row["survivors"]):
+        found = explain(survivor["mutant"], survivor["diff"])
+        survivor["kind"], survivor["why"] = (found.kind, found.why) if found else (None, None)
     record = {
         "command": COMMAND,
         "tool": f"mutmut {importlib.metadata.version('mutmut')}",
