@@ -712,6 +712,7 @@ def test_sizes_and_numbers_at_their_limits_are_legal(function, values):
         ({"output_gate_logits": zeros(2, 3, 4, 5)}, ValueError, "output_gate_logits"),
         ({"output_gate_logits": zeros(2, 4, 4, 4)}, ValueError, "output_gate_logits"),
         ({"output_gate_logits": zeros(2, 3, 4, 4, device="meta")}, ValueError, "output_gate_logits"),
+        ({name: x.to("meta") for name, x in INDEXER.items()}, ValueError, "q"),
     ],
 )
 def test_the_check_of_a_decode_step_holds_its_two_halves_against_one_another(changes, exception, named):
