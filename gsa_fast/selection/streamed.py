@@ -28,9 +28,11 @@ SAMPLE_BYTES = 256 * 2**20
 # Candidates that a program of `select_kernel` holds in registers, and of `select_large_kernel`: the second pays if few
 # rows need it, the third is for many keys, when the samples are far between.
 CAPACITY, LARGE_CAPACITY, LARGEST_CAPACITY = 4096, 8192, 16384
-MAX_SAMPLES = 16384
+MAX_STRIDE, MAX_SAMPLES = 64, 16384
 SPAN = 4096  # keys that share statistics
 BLOCK_L, BLOCK_S = 64, 32
+# Keys that `redo_kernel` scores at a time: at most so many, and so many bytes of them, as shared memory holds two tiles.
+REDO_BLOCK_S, REDO_TILE_BYTES = 128, 2**15
 # A program of `shortlist_kernel` holds the query tiles of all indexer heads.
 MAX_HEADS, MAX_CHANNELS = 8, 512
 MIN_PROGRAMS = 512  # splits of the rows of a short input, until there are as many
@@ -45,7 +47,6 @@ SELECT_OPTIONS = {"num_warps": 4, "maxnreg": 168}
 LARGE_OPTIONS = {"num_warps": 8, "maxnreg": 168}
 FLOAT32_OPTIONS = {"num_warps": 8, "num_stages": 1}
 SAMPLE_TILES = 16  # per program
-REDO_TILE_BYTES = 2**15  # of keys: shared memory holds two such tiles
 
 
 @dataclass(frozen=True)
@@ -70,7 +71,7 @@ def shortlist_plan(S: int, K: int, k_base: int, H_I: int, d_I: int) -> Plan | No
     for common, capacity in (
         (CAPACITY, LARGE_CAPACITY), (LARGE_CAPACITY, LARGE_CAPACITY), (LARGEST_CAPACITY, LARGEST_CAPACITY)
     ):  # fmt: skip
-        stride = 64
+        stride = MAX_STRIDE
         while stride > 1 and triton.cdiv(S, stride) <= MAX_SAMPLES:
             if shortlist_size(k_base, stride) <= common and shortlist_size(K, stride) <= capacity - BLOCK_S:
                 return Plan(stride, capacity)
@@ -187,7 +188,7 @@ def launch_streamed_selection(
             )  # fmt: skip
 
     # As many rows at once as the shortlists' memory has room for, now that it is free.
-    redo_block_s = min(128, REDO_TILE_BYTES // (widths["BLOCK_D"] * k_idx.element_size()))
+    redo_block_s = min(REDO_BLOCK_S, REDO_TILE_BYTES // (widths["BLOCK_D"] * k_idx.element_size()))
     scratch = entries.view(torch.float32) if 2 * len(entries) >= S else torch.empty(S, device=device)
     redo_kernel[(min(264, B * L, len(scratch) // S),)](
         q_idx, k_idx, head_logits, bias, mean_variance, start, lengths,

@@ -12,7 +12,7 @@ import pytest
 import gsa_fast
 from gsa_fast.__main__ import main
 from gsa_fast.verification import checks, run
-from gsa_ref.cases import CASES, GateCase
+from gsa_ref.cases import CASES, SELECTED_VALUES, GateCase
 
 ROOT = Path(__file__).parents[2]
 CASE = GateCase(B=1, L=3, heads=2, width=4, dtype="float32", values="normal", layout="margins", seed=5)
@@ -116,6 +116,16 @@ def test_the_same_seed_draws_the_same_cases(device):
     first, again, other = (run.verify_row("gates", "float32", device, 10, seed) for seed in (1, 1, 2))
     assert (first.worst_error, first.budget) == (again.worst_error, again.budget)
     assert (first.worst_error, first.budget) != (other.worst_error, other.budget)
+
+
+def test_the_cases_of_a_row_resemble_one_another_little(monkeypatch):
+    """A repeated seed is a case that Hypothesis made from an earlier one."""
+    seen = []
+    monkeypatch.setattr(run, "check_case", lambda case, device, row: seen.append(case))
+    run.verify(("indexed_selection",), ("float32",), "cpu", {"indexed_selection": 100}, seed=0)
+    assert len(seen) == 100
+    assert len({case.seed for case in seen}) >= 60
+    assert {case.values for case in seen} == set(SELECTED_VALUES)
 
 
 def test_every_stem_has_a_check_a_case_and_a_number_of_examples():
