@@ -31,7 +31,7 @@ CAPACITY, LARGE_CAPACITY, LARGEST_CAPACITY = 4096, 8192, 16384
 MAX_STRIDE, MAX_SAMPLES = 64, 16384
 SPAN = 4096  # keys that share statistics
 BLOCK_L, BLOCK_S = 64, 32
-# Keys that `redo_kernel` scores at a time: at most so many, and so many bytes of them, as shared memory holds two tiles.
+# Keys that `redo_kernel` scores at a time: at most so many, and so many bytes of them; shared memory holds two tiles.
 REDO_BLOCK_S, REDO_TILE_BYTES = 128, 2**15
 # A program of `shortlist_kernel` holds the query tiles of all indexer heads.
 MAX_HEADS, MAX_CHANNELS = 8, 512
