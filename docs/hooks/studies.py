@@ -466,24 +466,37 @@ def studies_change(root: Path, name: str = "k_32", what: str = "minus") -> str:
     return decimals(fmean(map(loss, runs))) if what == "loss" else difference(changes.differences(name))
 
 
+def gate_runs(root: Path) -> dict[str, list[Record]]:
+    """Sparse attention with no gate, each gate alone, and both: the runs of the seeds that all four have."""
+    changes = Changes(root)
+    groups = {"none": changes.main.seeds("sparse"), "value": {}, "output": {}, "both": changes.main.seeds("gsa")}
+    groups |= {
+        gate: changes.ended(f"gates_{gate}") for gate in ("value", "output") if f"gates_{gate}" in changes.groups
+    }
+    shared = sorted(set.intersection(*(set(runs) for runs in groups.values())))
+    return {gate: [runs[seed] for seed in shared] for gate, runs in groups.items()}
+
+
 @needs(ABLATIONS)
 def studies_gates(root: Path) -> str:
-    """`{{ studies_gates }}`: sparse attention with no gate, each, and both; the seeds that all four have."""
-    changes = Changes(root)
-    groups = {
-        "none": changes.main.seeds("sparse"),
-        **{gate: changes.ended(f"gates_{gate}") for gate in ("value", "output") if f"gates_{gate}" in changes.groups},
-        "both": changes.main.seeds("gsa"),
-    }
-    shared = set.intersection(*(set(runs) for runs in groups.values()))
+    """`{{ studies_gates }}`: the losses of the runs with no gate, each, and both."""
     names = {"none": "none", "value": "G2, value", "output": "G1, output", "both": "both"}
-    rows = []
-    for name, runs in groups.items():
-        chosen = [runs[seed] for seed in sorted(shared)]
-        if chosen:
-            rates = ", ".join(f"{rate:g}" for rate in sorted({r["settings"]["lr"] for r in chosen}))
-            rows.append([names[name], rates, *(decimals(loss(r)) for r in chosen), decimals(fmean(map(loss, chosen)))])
-    return table(["gates", "learning rate", *(f"seed {seed}" for seed in sorted(shared)), "mean loss"], rows)
+    rows, seeds = [], []
+    for gate, runs in gate_runs(root).items():
+        seeds = [r["settings"]["seed"] for r in runs]
+        rates = ", ".join(f"{rate:g}" for rate in sorted({r["settings"]["lr"] for r in runs}))
+        rows.append([names[gate], rates, *(decimals(loss(r)) for r in runs), decimals(fmean(map(loss, runs)))])
+    return table(["gates", "learning rate", *(f"seed {seed}" for seed in seeds), "mean loss"], rows)
+
+
+@needs(ABLATIONS)
+def studies_gate(root: Path, gate: str = "both") -> str:
+    """`{{ studies_gate value }}`: the mean loss of such runs: none, value, output, both.
+
+    Raises:
+        KeyError: there is no such gate.
+    """
+    return decimals(fmean(map(loss, gate_runs(root)[gate])))
 
 
 @needs(ABLATIONS)
@@ -747,7 +760,7 @@ DIRECTIVES = {
         studies_setup, studies_model, studies_count, studies_losses, studies_measures, studies_sinks, studies_uniform,
         studies_mean, studies_minus, studies_spread, studies_spikes, studies_sweep, studies_activations,
         studies_stability, studies_stable, studies_lower, studies_times, studies_ablations, studies_change,
-        studies_gates, studies_rules, studies_equal_k, studies_steps, studies_longer, studies_longer_steps,
+        studies_gates, studies_gate, studies_rules, studies_equal_k, studies_steps, studies_longer, studies_longer_steps,
         studies_captured, studies_shared, studies_overlap, studies_union, studies_unions, studies_budgets, studies_ages,
         studies_long_range, studies_long_selected, studies_indexers, studies_picture,
     )
