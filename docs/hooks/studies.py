@@ -760,8 +760,9 @@ DIRECTIVES = {
         studies_setup, studies_model, studies_count, studies_losses, studies_measures, studies_sinks, studies_uniform,
         studies_mean, studies_minus, studies_spread, studies_spikes, studies_sweep, studies_activations,
         studies_stability, studies_stable, studies_lower, studies_times, studies_ablations, studies_change,
-        studies_gates, studies_gate, studies_rules, studies_equal_k, studies_steps, studies_longer, studies_longer_steps,
-        studies_captured, studies_shared, studies_overlap, studies_union, studies_unions, studies_budgets, studies_ages,
+        studies_gates, studies_gate, studies_rules, studies_equal_k, studies_steps, studies_longer,
+        studies_longer_steps, studies_captured, studies_shared, studies_overlap, studies_union, studies_unions,
+        studies_budgets, studies_ages,
         studies_long_range, studies_long_selected, studies_indexers, studies_picture,
     )
 }  # fmt: skip
