@@ -87,12 +87,12 @@ def run(name: str, variant: str, loss: float | None, seed: int = 0, **fields: An
 
 @pytest.fixture
 def root(tmp_path: Path) -> Path:
-    """A root with made-up records. Seeds stand in another order than losses, and one of dense has no partner."""
+    """A root with made-up records. Seeds stand in another order than losses, and the first of dense has no partner."""
     found = [
         *(run(f"dense_{s}", "dense", x, s, largest=10.0 * (s + 1))
           for s, x in ((2, 3.0), (0, 1.0), (1, 2.0), (3, 9.0))),
-        *(run(f"gated_{s}", "gated", x, s, shares=(0.1, 0.2 * s)) for s, x in ((0, 1.5), (1, 2.5), (2, 3.8))),
-        run("gated_3", "gated", None, 3),
+        *(run(f"gated_{s}", "gated", x, s, shares=(0.1, 0.2 * s)) for s, x in ((1, 2.5), (2, 3.8), (3, 9.5))),
+        run("gated_0", "gated", None, 0),
         *(run(f"gsa_{s}", "gsa", 2.0 + s / 8, s, lr=0.002, spikes=s) for s in (0, 1, 2)),
         run("sparse_0", "sparse", 1.75, 0),
         *(run(f"sweep_dense_{r}", "dense", x, lr=r, largest=m, steps=250)
@@ -104,6 +104,7 @@ def root(tmp_path: Path) -> Path:
         run("rule_inverse_1", "gsa", 2.0, 1, lr=0.002, rule="inverse", k=20.0),
         run("rule_inverse_0", "gsa", 2.5, 0, lr=0.002, rule="inverse", k=20.0),
         run("inverse_half_0", "gsa", 2.25, 0, lr=0.002, rule="inverse", k=10.25, k_base=4),
+        run("k_near_0", "gsa", 2.5, 0, lr=0.002, k=10.1, k_base=9),
         run("blind_1", "gsa", 3.125, 1, lr=0.002, indexer_rope=False),
         run("gates_value_0", "gsa", 1.5, 0, lr=0.002, gates="value"),
         run("gates_output_0", "gsa", 1.25, 0, lr=0.002, gates="output"),
@@ -137,7 +138,7 @@ def rows(table: str) -> list[str]:
 
 
 def test_differences_are_paired_by_seed(root: Path):
-    # 0.5, 0.5 and 0.8: mean 0.6, s = √0.03, half 4.3027 · √(0.03/3); seed 3 of gated diverged
+    # 0.5, 0.8 and 0.5: mean 0.6, s = √0.03, half 4.3027 · √(0.03/3); seed 0 of gated diverged
     assert studies.studies_minus(root, "gated", "dense") == "+0.6000 [+0.1697, +1.0303]"
     assert studies.studies_minus(root, "sparse", "dense") == "+0.7500"  # one seed: no interval
     assert studies.studies_minus(root, "dense", "sparse") == "−0.7500"
@@ -149,7 +150,7 @@ def test_the_main_table_shows_each_variant_with_its_interval(root: Path):
     # 2.0, 2.125, 2.25: half 4.3027 · 0.125/√3
     assert "| gsa | 0.002 | 3 | 2.125\u00a0±\u00a00.311 | " in found[3]
     assert found[1].endswith("| 0.001 | 1 | 1.750 | +0.7500 | 4,800 | 10 |")
-    assert studies.studies_mean(root, "gated") == "2.600"
+    assert studies.studies_mean(root, "gated") == "5.267"
     assert studies.studies_mean(root, "dense", "activation") == "25"
     assert studies.studies_spread(root, "gsa") == "0.250"
     assert [studies.studies_count(root, what) for what in ("steps", "seeds", "sweep_steps")] == ["600", "4", "250"]
@@ -171,9 +172,9 @@ def test_spikes_are_a_rate_over_the_steps_in_which_they_are_looked_for(root: Pat
 
 
 def test_first_token_is_a_mean_over_blocks_with_the_largest_one(root: Path):
-    # gated: block 1 has 0.1, block 2 the mean of 0, 0.2 and 0.4
-    assert "| gated | 15.00% | 20.00% in block 2 |" in studies.studies_measures(root)
-    assert "| gated | 10.00% | 20.00% |" in studies.studies_sinks(root)
+    # gated: block 1 has 0.1, block 2 the mean of 0.2, 0.4 and 0.6
+    assert "| gated | 25.00% | 40.00% in block 2 |" in studies.studies_measures(root)
+    assert "| gated | 10.00% | 40.00% |" in studies.studies_sinks(root)
     # queries 1, 2, 3 see 2, 3, 4 positions: (1/2 + 1/3 + 1/4)/3
     assert studies.studies_uniform(root) == "36.11%"
 
@@ -226,10 +227,11 @@ def test_gates_are_compared_on_the_seeds_that_all_have(root: Path):
 
 def test_rules_are_compared_at_equal_mean_budgets(root: Path):
     found = rows(studies.studies_rules(root))
-    assert [row.split(" | ")[4] for row in found] == ["10", "10", "20"]
+    assert [row.split(" | ")[4] for row in found] == ["10", "10", "10", "20"]
     assert "| inverse | 4 | 4–16 | 1 | 10 | 8–12 | 2.250 | 0.900 |" in found
-    # 10.25 lies within 5% of 10, 20 does not; the seed that both have is 0: 2.25 − 2.0
-    assert rows(studies.studies_equal_k(root)) == ["| inverse | proportional | 10 | 10 | +0.2500 |"]
+    # 10.25 lies within 5% of 10 and of 10.1, 20 does not; the seed that both have is 0: 2.25 − 2.0, and 2.25 − 2.5
+    pair = "| inverse | proportional | 10 | 10 |"
+    assert rows(studies.studies_equal_k(root)) == [f"{pair} +0.2500 |", f"{pair} −0.2500 |"]
     steps = rows(studies.studies_steps(root))
     assert steps == ["| proportional | 5 (8–12) | 10 (8–12) |", "| inverse | 5 (18–22) | 20 (18–22) |"]
 
