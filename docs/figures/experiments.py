@@ -20,8 +20,8 @@ from studies import LONG_RANGE, NAMES, SELECTIONS, VARIANTS, Main, by_rule, long
 from gsa_fast.bench.patterns import draw_selection, effective_fraction, measure_overlap  # noqa: E402
 from gsa_ref import GSAConfig, LanguageModel, ModelConfig, Selection  # noqa: E402
 
-PURPLE, GREY = "#b565a7", "#808690"
-COLOURS = (BLUE, ORANGE, GREEN, PURPLE, "#c44e52", GREY)
+PURPLE, RED, BROWN, GREY = "#b565a7", "#c44e52", "#8c6d31", "#808690"
+COLOURS = (BLUE, ORANGE, GREEN, PURPLE, RED, BROWN)
 LINES = dict(zip(NAMES, ((GREY, "-", "o"), (BLUE, "--", "s"), (ORANGE, "-.", "^"), (GREEN, "-", "D")), strict=True))
 PATTERNS = ("clustered p=0.98", "clustered p=0.95", "clustered p=0.87", "clustered p=0.44", "random")
 RULE = "fixed"  # every row selects k_base tokens, as the patterns do in the mean
@@ -102,7 +102,7 @@ def unions() -> Figure:
     axes = figure.subplots()
     for (name, found), dashes in zip(pattern_unions().items(), ("-", "--", "-.", ":", (0, (1, 3))), strict=True):
         axes.plot(*zip(*found.items(), strict=True), color=GREY, linestyle=dashes, label=name)
-    for i, (layer, colour) in enumerate(zip(BY_RULE[RULE]["selections"], cycle(COLOURS[:5]))):
+    for i, (layer, colour) in enumerate(zip(BY_RULE[RULE]["selections"], cycle(COLOURS))):
         sizes = list(map(int, layer["union"]))
         axes.plot(
             sizes, layer["union"].values(), color=colour, marker="os^Dv<"[i % 6], markersize=3, label=f"block {i + 1}"
@@ -121,7 +121,7 @@ def ages() -> Figure:
     run = BY_RULE["proportional"]
     starts = [0, *(2**i for i in range(len(run["selections"][0]["age"]) - 1))]
     bins = range(len(starts))
-    for i, (layer, colour) in enumerate(zip(run["selections"], cycle(COLOURS[:5]))):
+    for i, (layer, colour) in enumerate(zip(run["selections"], cycle(COLOURS))):
         shares = [100 * share for share in layer["age"]]
         axes.plot(
             bins, shares, color=colour, marker="os^Dv<"[i % 6], markersize=3, linewidth=1.2, label=f"block {i + 1}"

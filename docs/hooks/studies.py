@@ -271,12 +271,19 @@ def studies_measures(root: Path) -> str:
             activations = [activation(r) for r in runs]
             rows.append(
                 [
-                    *(variant, f"{100 * share:.2f}%", f"{100 * largest:.2f}% in block {where + 1}", *gates),
+                    *(variant, f"{100 * share:.2f}%", f"{100 * largest:.2f}%\u00a0({where + 1})", *gates),
                     f"{figure(fmean(activations))} ({span(sorted(activations))})",
                     *spike_cells(runs),
                 ]
             )
-    header = ["variant", "attention on position 0", "in its largest block", "mean G2", "mean G1", "largest activation"]
+    header = [
+        "variant",
+        "attention on position 0",
+        "in its largest block (which)",
+        "mean G2",
+        "mean G1",
+        "largest activation",
+    ]
     return table([*header, "spikes", "in steps", "per 100K steps"], rows)
 
 
@@ -640,11 +647,12 @@ def studies_unions(root: Path) -> str:
 
 @needs(SELECTIONS)
 def studies_budgets(root: Path) -> str:
-    """`{{ studies_budgets }}`: quantiles of k_t by rule and layer."""
+    """`{{ studies_budgets }}`: quantiles of k_t by rule and layer, where k_t varies."""
     rows = [
         [rule, str(i + 1), *(f"{x:.0f}" for x in layer["k"])]
         for rule, r in by_rule(root).items()
         for i, layer in enumerate(r["selections"])
+        if layer["k"][0] < layer["k"][-1]
     ]
     return table(["rule", "block", "smallest", "10%", "median", "90%", "largest"], rows, left=2)
 
@@ -680,14 +688,10 @@ def studies_ages(root: Path, rule: str = "proportional") -> str:
 
 @needs(LONG_RANGE)
 def studies_long_range(root: Path) -> str:
-    """`{{ studies_long_range }}`: accuracy by task, variant and test length: mean over the seeds, and their range."""
-    return long_range_table(root, "accuracy")
-
-
-@needs(LONG_RANGE)
-def studies_long_selected(root: Path) -> str:
-    """`{{ studies_long_selected }}`: how often the answer's position is selected in one layer at least."""
-    return long_range_table(root, "selected_anywhere")
+    """`{{ studies_long_range }}`: accuracy by task, variant and length; and how often its token is selected."""
+    selected = "How often the position of the answer is among the selected ones, in one block at least:"
+    parts = [studies_picture(root, "lengths"), long_range_table(root, "accuracy")]
+    return "\n\n".join([*parts, selected, long_range_table(root, "selected_anywhere")])
 
 
 def long_range(root: Path) -> dict[tuple[str, str], list[Record]]:
@@ -763,6 +767,6 @@ DIRECTIVES = {
         studies_gates, studies_gate, studies_rules, studies_equal_k, studies_steps, studies_longer,
         studies_longer_steps, studies_captured, studies_shared, studies_overlap, studies_union, studies_unions,
         studies_budgets, studies_ages,
-        studies_long_range, studies_long_selected, studies_indexers, studies_picture,
+        studies_long_range, studies_indexers, studies_picture,
     )
 }  # fmt: skip
