@@ -20,6 +20,9 @@ SEEDS = 2
 CHANGES: dict[str, tuple[str, dict[str, Any], int]] = {
     "rule_inverse": ("gsa", {"rule": "inverse"}, SEEDS),
     "rule_fixed": ("gsa", {"rule": "fixed"}, SEEDS),
+    # At one k_base the rules have different mean budgets. With these, all have about the proportional rule's.
+    "rule_inverse_same_k": ("gsa", {"rule": "inverse", "k_base": 99, "k_min": 25, "k_max": 198}, SEEDS),
+    "rule_fixed_same_k": ("gsa", {"rule": "fixed", "k_base": 118}, SEEDS),
     "gates_value": ("gsa", {"gates": "value"}, SEEDS),
     "gates_output": ("gsa", {"gates": "output"}, SEEDS),
     "k_32": ("gsa", {"k_base": 32, "k_min": 8, "k_max": 64}, 1),

@@ -16,7 +16,7 @@ from gsa_ref.config import VARIANTS
 
 RESULTS = runner.RESULTS / "variants.json"
 COMMAND = "python -m experiments.variants"
-RATES = (1e-3, 2e-3, 4e-3, 8e-3, 1.6e-2, 3.2e-2)
+RATES = (5e-4, 1e-3, 2e-3, 4e-3, 8e-3, 1.6e-2, 3.2e-2)
 SWEEP_STEPS, STEPS, SEEDS = 250, 600, 5
 STABLE = 1.1  # a rate is stable if its loss is at most so many times that of the variant's best
 

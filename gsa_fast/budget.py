@@ -51,8 +51,10 @@ def row_variance_from_tiles(p_row, n_tiles, used, BLOCK_T: tl.constexpr):
         mean_i = tl.load(p_row + n_tiles + tile, mask=tile < used, other=0.0)
         m2_i = tl.load(p_row + 2 * n_tiles + tile, mask=tile < used, other=0.0)
         pivot = tl.load(p_row + n_tiles + first)  # tiles with one mean have exactly that mean together
-        # Both sums in one exchange between warps.
-        block_n, distance = tl.split(tl.sum(tl.join(n_i, n_i * (mean_i - pivot)), axis=0))
+        # The `where` keeps the compiler from fusing the product and the sum: threads would round differently, and could
+        # then disagree on k_t. Both sums in one exchange between warps.
+        distance_i = tl.where(tile < used, n_i * (mean_i - pivot), 0.0)
+        block_n, distance = tl.split(tl.sum(tl.join(n_i, distance_i), axis=0))
         block_mean = pivot + distance / tl.maximum(block_n, 1.0)
         delta_i = mean_i - block_mean
         block_m2 = tl.sum(m2_i + n_i * delta_i * delta_i, axis=0)

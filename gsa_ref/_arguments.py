@@ -20,7 +20,7 @@ INT32_MAX = 2**31 - 1  # positions and lengths are int32
 def check_tensor(name: str, value: Any, dims: str, sizes: dict[str, int], *, dtypes: Iterable[torch.dtype]) -> None:
     """Check that `value` is a tensor of one of `dtypes` with the axes named in `dims`.
 
-    `sizes` maps an axis name to its length: known names must match, new ones are added. A digit is a fixed length.
+    `sizes` maps an axis name to its length: known names must match, new ones are added.
     """
     check_dense(name, value)
     check_dtype(name, value.dtype, dtypes)
@@ -29,7 +29,7 @@ def check_tensor(name: str, value: Any, dims: str, sizes: dict[str, int], *, dty
     fits = value.dim() == len(axes)
     if fits:
         for axis, size in zip(axes, value.shape, strict=True):
-            fits = fits and (int(axis) if axis.isdigit() else sizes.setdefault(axis, size)) == size
+            fits = fits and sizes.setdefault(axis, size) == size
     if not fits:
         # Written on failure only: to format a size would make a compiled graph valid for that size alone.
         expected = ", ".join(f"{a}={known[a]}" if a in known else a for a in axes)
@@ -126,7 +126,7 @@ def check_indexer_arguments(
         k_idx=k_idx,
         head_logits=head_logits,
         bias=bias,
-        start=start if isinstance(start, Tensor) else None,
+        start=start,
         lengths=lengths,
     )
 
@@ -243,7 +243,7 @@ def check_attention_arguments(
         v=v,
         indices=indices,
         counts=counts,
-        start=start if isinstance(start, Tensor) else None,
+        start=start,
         value_gate_logits=value_gate_logits,
         output_gate_logits=output_gate_logits,
     )

@@ -22,7 +22,7 @@ from gsa_ref.selection import Selection
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16, "float64": torch.float64}
 VALUES = ("normal", "ties", "constant", "huge", "tiny", "smooth")
-SELECTED_VALUES = (*VALUES, "nan")  # what a NaN does to a selection is defined
+SELECTED_VALUES = (*VALUES, "nan", "closed")  # what a NaN does to a selection is defined
 SCORES = ("normal", "ties", "constant", "special", "near", "nan")
 PHASES = ("warm_up", "sparse", "sparse_lse")
 PATTERNS = ("random", "window", "full", "holes", "empty")
@@ -47,6 +47,9 @@ def draw_values(kind: str, shape: tuple[int, ...], generator: torch.Generator) -
     x = torch.randn(shape, generator=generator)
     if kind == "nan":  # one vector of ten
         x[..., 0].masked_fill_(torch.rand(shape[:-1], generator=generator) < 0.1, math.nan)
+        return x
+    if kind == "closed":  # in one vector of three; of head logits: a weight of exactly 0 in float32
+        x[..., 0].masked_fill_(torch.rand(shape[:-1], generator=generator) < 1 / 3, -200.0)
         return x
     if kind == "ties":
         return x.clamp(-1, 1).round()
@@ -508,9 +511,10 @@ def _budget_sizes(draw: Draw, limits: Limits) -> dict[str, Any]:
 @st.composite
 def indexer_cases(draw: Draw, dtype: str, limits: Limits) -> IndexerCase:
     B, L = draw(st.integers(1, limits.B)), draw(_length(limits))
-    # Prefill (start = 0), a chunk behind a cache (start > 0), or one start per sequence.
+    # Prefill (start = 0), a chunk behind a cache (start > 0) or behind whole tiles of keys, or one start per sequence.
     S = L if limits.lengths else L + draw(st.integers(0, max(0, limits.S - L)))
-    start = draw(st.one_of(st.just(S - L), st.just(0), st.tuples(*[st.integers(0, S)] * B)))
+    whole = st.integers(1, (S - L) // 16).map(lambda n: 16 * n) if S - L >= 16 else st.just(S - L)
+    start = draw(st.one_of(st.just(S - L), st.just(0), whole, st.tuples(*[st.integers(0, S)] * B)))
     lengths = draw(st.one_of(st.none(), st.tuples(*[st.integers(0, S)] * B)))
     return IndexerCase(
         B=B,

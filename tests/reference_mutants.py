@@ -5,6 +5,8 @@
     python -m tests.reference_mutants --survivors    what survived, against tests that were added since
     python -m tests.reference_mutants --report       run nothing: the record of the results in `mutants/`
 
+The record keeps the results of modules that were run elsewhere, until they are run here.
+
 A mutant is one changed expression of one function. mutmut (`[tool.mutmut]` in pyproject.toml) writes all of them into
 one copy of the package, `mutants/`, of which a process chooses one: PyTorch is loaded once, and a mutant costs a fork.
 mutmut skips decorated functions, the module level, and what its configuration leaves out. Only the tests of the
@@ -25,7 +27,7 @@ import resource
 import sys
 import traceback
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -35,6 +37,8 @@ RECORD = ROOT / "benchmarks/results/cpu/reference_mutants.json"
 COMMAND = "python -m tests.reference_mutants"
 # Generators of test cases, and presentation; the puzzles too: see do_not_mutate in pyproject.toml.
 LEFT_OUT = ("cases", "tour", "__main__")
+# Tests about every function of a package.
+GENERAL = {"": ["test_functions", "test_arguments"], "equations": ["test_equations"]}
 # Compiled code holds no mutant to choose; the other tests take many times as long as all the rest.
 SLOW = ("compiled", "10000", "two_processes", "learns_one_sentence")
 # Without the plugins that collect garbage at the end of every run, which costs more than the tests.
@@ -116,6 +120,97 @@ EXPLAINED: tuple[Explanation, ...] = (
     ),
     Explanation(EQUIVALENT, r"rope\.apply_rope", r"arange\(d / 2", "d is even, so that d / 2 is the same number"),
     Explanation(
+        EQUIVALENT,
+        r"_arguments\.check_tensor|cache\.GSACache\.truncate",
+        r"\+ for .*zip\(.*, (strict=(None|False))?\)",
+        "the two have one length: it has just been compared",
+    ),
+    Explanation(
+        EQUIVALENT,
+        r"_arguments\.check_decode_arguments",
+        r"scale=2\.0",
+        "the indexer's check reads a scale for nothing but being a finite number",
+    ),
+    Explanation(
+        EQUIVALENT,
+        r"attention\.sparse_attention|cache\.GSACache\.append",
+        r"\+ row = torch\.arange\(.*, (device=None)?\)",
+        "an index may lie on the CPU: the same elements, after a copy to the device",
+    ),
+    Explanation(
+        EQUIVALENT,
+        r"attention\.sparse_attention",
+        r"new_zeros\(B, 2,",
+        "the index of an empty slot is 0, of one row of zeros or of two",
+    ),
+    Explanation(
+        EQUIVALENT,
+        r"attention\.sparse_attention",
+        r"masked_fill\(empty_slot, 1\)",
+        "the logit of an empty slot is −∞ and its weight 0, so that any finite key and value will do",
+    ),
+    Explanation(
+        EQUIVALENT,
+        r"attention\.sparse_attention",
+        r"torch\.einsum\(\"[A-Z]",
+        "the axes have other names",
+    ),
+    Explanation(
+        EQUIVALENT,
+        r"attention\.sparse_attention",
+        r"logits\.masked_fill\(empty_row, 1\)",
+        "equal logits of any value have one softmax, and the lse of an empty row is set to −∞",
+    ),
+    Explanation(
+        EQUIVALENT,
+        r"attention\.sparse_attention",
+        r"softmax\(logits, dim=-1\)\.masked_fill\(empty_row, 1\)",
+        "the gathered values of an empty row are 0, and take no gradient",
+    ),
+    Explanation(EQUIVALENT, r"attention\.sparse_attention", r"lse\.flatten\(2, \)", "the axes 2 and 3 are the last"),
+    Explanation(
+        EQUIVALENT,
+        r"budget\.token_budget",
+        r"as_tensor\(mean_variance, dtype=variance\.dtype, (device=None)?\)",
+        "a number that lies on the CPU divides a tensor on any device, and a tensor stays where it is",
+    ),
+    Explanation(
+        EQUIVALENT,
+        r"cache\.GSACache\.append",
+        r"buffer is not None or new is not None",
+        "both are None or neither: `check` has refused the rest",
+    ),
+    Explanation(
+        EQUIVALENT,
+        r"selection\.select_tokens",
+        r"torch\.sort\([^=]*, descending|torch\.sort\(scores\.masked_fill\(.*\), descending",
+        "the last axis is the default",
+    ),
+    Explanation(
+        EQUIVALENT,
+        r"selection\.select_tokens",
+        r"gather\(-1, order\)\.to\(None\)",
+        "booleans sort as 0 and 1 do",
+    ),
+    Explanation(
+        EQUIVALENT,
+        r"selection\.select_tokens",
+        r"functional\.pad\(.*, (value=None)?\)",
+        "slots past the number of keys are never filled, and set to S next",
+    ),
+    Explanation(
+        EQUIVALENT,
+        r"selection\.(indexed_selection|check_selection_config)",
+        r"check_(selection_config|mean_variance)\((config, )?mean_variance, None\)",
+        "`token_budget` checks the device of V̄ again",
+    ),
+    Explanation(
+        EQUIVALENT,
+        r"selection\.indexed_selection",
+        r"\+ n_valid = .*(sum\((None, )?dtype|start, None, scores)",
+        "a budget beyond the keys of a row is cut to them by `select_tokens`",
+    ),
+    Explanation(
         ACCURATE,
         r"rope\.apply_rope",
         r"or True else torch\.float32",
@@ -133,11 +228,11 @@ def modules() -> list[str]:
 
 
 def tests_of(module: str) -> list[str]:
-    """The test files whose subject the module is."""
+    """The test files whose subject the module is, and those about all functions of its package."""
     *package, name = module.split(".")
-    names = ["test_arguments"] if name == "_arguments" else [f"test_{name}"]
-    names.insert(0, "test_equations" if package else "test_functions")
-    found = [f"tests/ref/{n}.py" for n in names]
+    names = GENERAL.get("".join(package), []) + ([f"test_{name}"] if name != "_arguments" else [])
+    names.append("_".join(("test", *package, name)))
+    found = [f"tests/ref/{n}.py" for n in dict.fromkeys(names)]
     return [path for path in found if (ROOT / path).is_file()]
 
 
@@ -163,6 +258,39 @@ class Fastest:
 
     def pytest_collection_modifyitems(self, items: list[Any]) -> None:
         items.sort(key=lambda item: self.seconds.get(item.nodeid, 0.0))
+
+
+class Forks:
+    """A pytest plugin: with the tests collected, a forked process per mutant goes on to run them.
+
+    Args:
+        waiting: names of mutants.
+        jobs: how many processes run at a time.
+        ended: called with a mutant and the exit code of its tests.
+    """
+
+    def __init__(self, waiting: list[str], jobs: int, ended: Callable[[str, int], None]) -> None:
+        self.waiting, self.jobs, self.ended = waiting, jobs, ended
+        self.in_child = False
+
+    def pytest_runtestloop(self) -> bool | None:
+        from mutmut.mutation.trampoline import set_mutant_under_test
+
+        gc.freeze()
+        running: dict[int, str] = {}
+        while self.waiting or running:
+            while self.waiting and len(running) < self.jobs:
+                name = self.waiting.pop()
+                if (child := os.fork()) == 0:
+                    self.in_child = True
+                    set_mutant_under_test(name)
+                    used = int(sum(resource.getrusage(resource.RUSAGE_SELF)[:2]))
+                    resource.setrlimit(resource.RLIMIT_CPU, (used + CPU_SECONDS, used + CPU_SECONDS + 1))
+                    return None  # pytest's own loop follows
+                running[child] = name
+            child, wait_status = os.wait()
+            self.ended(running.pop(child), os.waitstatus_to_exitcode(wait_status))
+        return True
 
 
 def run_module(module: str, jobs: int, which: str) -> None:
@@ -200,26 +328,19 @@ def run_module(module: str, jobs: int, which: str) -> None:
         plugin.seconds.clear()
         if (code := pytest.main(arguments, plugins=[plugin])) != 0:
             raise RuntimeError(f"{module}: expected its tests to pass without a mutant, got exit status {int(code)}")
-    gc.freeze()
-    running: dict[int, str] = {}
-    while waiting or running:
-        while waiting and len(running) < jobs:
-            name = waiting.pop()
-            if (child := os.fork()) == 0:
-                status = 3
-                try:
-                    set_mutant_under_test(name)
-                    used = int(sum(resource.getrusage(resource.RUSAGE_SELF)[:2]))
-                    resource.setrlimit(resource.RLIMIT_CPU, (used + CPU_SECONDS, used + CPU_SECONDS + 1))
-                    status = int(pytest.main(arguments, plugins=[plugin]))
-                finally:
-                    os._exit(status)
-            running[child] = name
-        child, wait_status = os.wait()
-        data.exit_code_by_key[running.pop(child)] = os.waitstatus_to_exitcode(wait_status)
+
+    def ended(name: str, code: int) -> None:
+        data.exit_code_by_key[name] = code
         os.chdir(ROOT)  # where mutmut looks for its files
         data.save()
         os.chdir(ROOT / "mutants")
+
+    forks, status = Forks(waiting, jobs, ended), 3
+    try:
+        status = int(pytest.main(arguments, plugins=[plugin, forks]))
+    finally:
+        if forks.in_child:
+            os._exit(status)
 
 
 def run_modules(chosen: Iterable[str], jobs: int, which: str) -> None:
@@ -276,16 +397,7 @@ def results(module: str) -> dict[str, Any] | None:
             continue
         lines = get_diff_for_mutant(name, path=data.path).splitlines()
         diff = [" ".join(line.split()) for line in lines if re.match(r"[-+] ", line)]
-        found = explain(name, diff)
-        survivors.append(
-            {
-                "mutant": name.removeprefix("gsa_ref."),
-                "status": status,
-                "diff": diff,
-                "kind": found.kind if found else None,
-                "why": found.why if found else None,
-            }
-        )
+        survivors.append({"mutant": name.removeprefix("gsa_ref."), "status": status, "diff": diff})
     counts = Counter(statuses.values())
     row = {"module": module, "mutants": len(statuses), KILLED: counts[KILLED], TIMED_OUT: counts[TIMED_OUT]}
     return {**row, SURVIVED: len(survivors), "survivors": survivors}
@@ -308,7 +420,12 @@ def main(argv: list[str] | None = None) -> int:
         make_mutants()
         which = "survivors" if options.survivors else "all" if options.modules else "new"
         run_modules(options.modules or modules(), options.jobs, which)
-    rows = [row for module in modules() if (row := results(module)) is not None]
+    known = json.loads(RECORD.read_text(encoding="utf-8"))["modules"] if RECORD.is_file() else []
+    earlier = {row["module"]: row for row in known}
+    rows = [row for module in modules() if (row := results(module) or earlier.get(module)) is not None]
+    for survivor in (survivor for row in rows for survivor in row["survivors"]):
+        found = explain(survivor["mutant"], survivor["diff"])
+        survivor["kind"], survivor["why"] = (found.kind, found.why) if found else (None, None)
     record = {
         "command": COMMAND,
         "tool": f"mutmut {importlib.metadata.version('mutmut')}",

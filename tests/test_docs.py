@@ -181,6 +181,21 @@ def test_every_internal_link_and_anchor_resolves(site: Path, pages: dict[Path, P
     assert broken_links(site, pages) == []
 
 
+def weight(site: Path, page: str, pages: dict[Path, Page]) -> int:
+    """Bytes of a page and of what its HTML makes a browser fetch, pictures of both colour schemes included."""
+    path = site / page
+    links = {url for tag, a in pages[path].tags for name in FETCHED.get(tag, []) if (url := a.get(name))}
+    files = {(path.parent / unquote(urlsplit(url).path)).resolve() for url in links if not urlsplit(url).scheme}
+    return sum(f.stat().st_size for f in files | {path.resolve()} if f.is_file())
+
+
+def test_the_site_and_its_first_page_are_light(site: Path, pages: dict[Path, Page]):
+    # What scripts fetch is not in the HTML: `make browser` measures all of it.
+    assert weight(site, "index.html", pages) < 500_000
+    assert weight(site, "learn/indexer/index.html", pages) > 1_000_000  # MathJax, which the first page does without
+    assert sum(p.stat().st_size for p in site.rglob("*") if p.is_file()) < 40_000_000
+
+
 def test_sources_of_the_site_are_not_published(site: Path):
     assert [p.name for p in site.rglob("*") if p.suffix in (".py", ".pyc")] == []
     downloads = {p.relative_to(site).parent.as_posix() for p in site.rglob("*.ipynb")}
@@ -250,6 +265,35 @@ def test_a_stem_without_puzzles_has_none_in_its_strip(copy: Path):
     assert "puzzles" in thread.strip(copy, "learn/gates.md", "gates")
     (copy / "notebooks/puzzles/05_gates.ipynb").unlink()
     assert "puzzles" not in thread.strip(copy, "learn/gates.md", "gates")
+
+
+def test_frames_are_played_and_listed_with_their_texts(tmp_path: Path):
+    (tmp_path / "docs/figures").mkdir(parents=True)
+    told = {"some": {"title": "A title", "frames": ["Frame 1: a.", "Frame 2: b."]}}
+    (tmp_path / "docs/figures/stem.json").write_text(json.dumps(told))
+    made = thread.frames(tmp_path, "stem", "some")
+    played, listed = made.split("??? note")
+    assert 'aria-label="A title" style="--frames: 2"' in played
+    assert re.findall(r">(\w+)</label>", played) == ["Play", "1", "2"]
+    for n, text in enumerate(told["some"]["frames"], 1):
+        for scheme in ("light", "dark"):
+            image = f"![{text}](../figures/stem_some_{n}.{scheme}.svg#only-{scheme})"
+            assert played.count(image) == listed.count(image) == 1
+    with pytest.raises(KeyError):
+        thread.frames(tmp_path, "stem", "other")
+
+
+def test_a_style_rule_shows_each_frame(site: Path, pages: dict[Path, Page]):
+    styles = (DOCS / "assets/site.css").read_text(encoding="utf-8")
+    shown = [
+        (int(a), int(b)) for a, b in re.findall(r"nth-of-type\((\d+)\):checked ~ .window \{ --shown: (\d+)", styles)
+    ]
+    assert shown == [(n + 2, n) for n in range(1, len(shown) + 1)]
+    counts = [
+        int(a["style"].split(": ")[1]) for page in pages.values() for _, a in page.tags if a.get("class") == "frames"
+    ]
+    assert counts
+    assert max(counts) <= len(shown) + 1
 
 
 def test_a_strip_counts_kernels_where_it_would_name_many():
@@ -818,6 +862,17 @@ def test_the_performance_pictures_are_drawn_from_the_records_and_refused_without
     assert json.loads((figures / "performance.json").read_text())["devices"] == ["some device"]
     assert "performance_decode.dark.svg#only-dark" in speed.decode_picture(with_records)
     assert "performance_speedup.dark.svg#only-dark" in speed.prefill_picture(with_records)
+    assert speed.roofline_picture(with_records).startswith("No picture")  # ceilings are missing
+    prefill = json.loads((with_records / speed.PREFILL).read_text())
+    ceiling = {"suite": "prefill", "case": "ceiling", "shape": None, "ms": None, **ENVIRONMENT}
+    rates = [ceiling | {"impl": "matmul", "tflops": 680.0}, ceiling | {"impl": "gather", "tbps": 7.8}]
+    (with_records / speed.PREFILL).write_text(json.dumps(prefill + rates))
+    assert draw_performance(with_records, figures).returncode == 0
+    drawing = (figures / "performance_roofline.light.svg").read_text(encoding="utf-8")
+    assert "whole path" in drawing
+    assert "FlashAttention" not in drawing  # it was not timed
+    assert "performance_roofline.dark.svg#only-dark" in speed.roofline_picture(with_records)
+    (with_records / speed.PREFILL).write_text(json.dumps(prefill))
     (with_records / speed.DECODE).unlink()
     alone = with_records / "alone"
     alone.mkdir()

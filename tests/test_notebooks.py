@@ -1,7 +1,7 @@
 """The stored notebooks: executed, complete, without network, and with puzzles that can be solved.
 
-That the stored outputs are what the code gives is nbval's part (`make notebooks`); nbval passes a cell without stored
-output whatever it does, so that none is missing is checked here.
+That the stored outputs are what the code gives is nbval's part (`make notebook-tests`); nbval passes a cell without
+stored output whatever it does, so that none is missing is checked here.
 """
 
 import ast

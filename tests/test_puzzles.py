@@ -21,10 +21,26 @@ from tests.wrong_solutions import wrong_solutions
 ROOT = Path(__file__).parents[1]
 SOLUTIONS = sorted((ROOT / "notebooks/solutions").glob("*.ipynb"))
 PUZZLES = sorted((ROOT / "notebooks/puzzles").glob("*.ipynb"))
-WRONG = [(name, wrong) for stem in stems() for name, group in wrong_solutions(stem).items() for wrong in group]
 
-each_solution = pytest.mark.parametrize("path", SOLUTIONS, ids=lambda path: path.stem)
-each_puzzle = pytest.mark.parametrize("path", PUZZLES, ids=lambda path: path.stem)
+# Their tensors are on the CPU, and where there is a GPU the kernels of this process are compiled for it.
+INTERPRETED = ("from_equation_to_kernel", "verify_a_kernel")
+
+
+def where_it_runs(stem: str) -> pytest.MarkDecorator:
+    skipped = stem in INTERPRETED and torch.cuda.is_available()
+    return pytest.mark.skipif(skipped, reason="needs a process whose kernels are interpreted")
+
+
+WRONG = [
+    pytest.param(name, wrong, id=f"{name}-{wrong.__name__}", marks=where_it_runs(stem))
+    for stem in stems()
+    for name, group in wrong_solutions(stem).items()
+    for wrong in group
+]
+each_solution, each_puzzle = (
+    pytest.mark.parametrize("path", [pytest.param(p, id=p.stem, marks=where_it_runs(p.stem[3:])) for p in paths])
+    for paths in (SOLUTIONS, PUZZLES)
+)
 
 
 def run(path: Path) -> tuple[dict[str, Any], list[str]]:
@@ -113,7 +129,7 @@ def test_the_stored_puzzle_is_what_the_solution_gives(path):
 # ---- the checkers ----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("name", "wrong"), WRONG, ids=[f"{name}-{wrong.__name__}" for name, wrong in WRONG])
+@pytest.mark.parametrize(("name", "wrong"), WRONG)
 def test_a_near_miss_is_refused(name, wrong):
     outcome = find(name).run(wrong)
     assert not outcome.solved
@@ -251,6 +267,11 @@ def test_a_judge_decides_in_place_of_a_comparison():
 )
 def test_comparison(got, expected, text):
     assert Example({}, expected).problem(got) == text
+
+
+def test_a_name_belongs_to_one_puzzle():
+    names = [p.name for stem in stems() for p in puzzles_of(stem)]
+    assert len(names) == len(set(names)) >= 20
 
 
 def test_an_unknown_name_is_refused():

@@ -316,6 +316,17 @@ def test_an_excerpt_is_the_block_of_the_page_with_links_from_the_deck(tmp_path: 
     assert "{: .source }\n\n## T" in filled
 
 
+def test_a_frame_is_a_picture_that_stands_still():
+    deck, section = "teach/slides/2-x.md", ("learn/attention.md", "the-online-softmax")
+    text, link = slides.excerpt(ROOT, deck, *section, "frame", 3)
+    assert re.fullmatch(
+        r"!\[Frame 3 of 4: .+?\]\(\.\./\.\./figures/attention_online_3\.light\.svg#only-light\)!.+", text
+    )
+    assert "the-online-softmax" in link
+    with pytest.raises(LookupError, match="has 4 of frame, not 5"):
+        slides.excerpt(ROOT, deck, *section, "frame", 5)
+
+
 @pytest.mark.parametrize(
     "reference",
     [

@@ -1,6 +1,7 @@
 """Pictures and quoted figures of docs/learn/gates.md."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +20,8 @@ LAYER = tour.build_layer(CONFIG, HIDDEN)
 SINK = 3.0  # length of what every query has in common with the key of word 0
 SEED = 0
 SAMPLES = 1000
+BIASES = (0.0, 0.5)  # ours, and that of the official code
+BINS = np.linspace(0, 1, 41)
 TRAINING = Path(__file__).parents[2] / "experiments/results/cpu.json"
 
 
@@ -111,6 +114,33 @@ def rank() -> Figure:
     return figure
 
 
+def gates(bias: float) -> dict[str, np.ndarray]:
+    """Every value gate and every output gate of the text, in an untrained layer whose gates' bias starts at `bias`."""
+    layer = tour.build_layer(replace(CONFIG, gate_bias_init=bias), HIDDEN)
+    with torch.no_grad():
+        return {
+            "value gates": layer.W_vg(HIDDEN).sigmoid().numpy(),
+            "output gates": layer.W_og(HIDDEN).sigmoid().numpy(),
+        }
+
+
+GATES = {bias: gates(bias) for bias in BIASES}
+
+
+def histogram() -> Figure:
+    """How far the gates are open before training, for two initial biases."""
+    figure = Figure(figsize=(7.2, 2.4), layout="constrained")
+    for axes, name in zip(figure.subplots(1, 2, sharey=True), GATES[BIASES[0]], strict=True):
+        for bias, colour in zip(BIASES, (BLUE, ORANGE), strict=True):
+            share, edges = np.histogram(GATES[bias][name], bins=BINS)
+            axes.stairs(100 * share / share.sum(), edges, fill=True, color=colour, alpha=0.6, label=f"bias {bias:g}")
+        axes.set_xlim(0, 1)
+        axes.set_xlabel(name)
+    figure.axes[0].set_ylabel("% of the gates")
+    figure.axes[1].legend(loc="upper left")
+    return figure
+
+
 def trained() -> dict[str, str]:
     """Mean gates of the small gated model, before and after its training, from the record of the runs."""
     runs = {run["name"]: run for run in json.loads(TRAINING.read_text(encoding="utf-8"))}
@@ -127,7 +157,7 @@ def trained() -> dict[str, str]:
 if __name__ == "__main__":
     main(
         "gates",
-        {"sink": sink, "rank": rank},
+        {"sink": sink, "rank": rank, "histogram": histogram},
         {
             "words": L,
             "on_sink": f"{100 * float(ON_SINK.mean()):.0f}%",
@@ -137,6 +167,9 @@ if __name__ == "__main__":
             "rank_gated": int((SINGULAR["gated"] > 0).sum()),
             "missed_plain": missed("plain"),
             "missed_gated": missed("gated"),
+            **{f"open_{bias:g}".replace(".", "_"): f"{GATES[bias]['output gates'].mean():.2f}" for bias in BIASES},
+            "least_open": f"{min(GATES[0.0][name].min() for name in GATES[0.0]):.2f}",
+            "most_open": f"{max(GATES[0.0][name].max() for name in GATES[0.0]):.2f}",
             **trained(),
         },
     )

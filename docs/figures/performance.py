@@ -1,10 +1,13 @@
-"""Pictures of docs/verify/performance.md from the stored records: speed over cuDNN of the whole path against length,
-and, where records of decoding are stored, of a decode step against batch size."""
+"""Pictures of docs/verify/performance.md from the stored records: speed over cuDNN of the whole path against length;
+where all ceilings are stored, the stages below their rooflines; where records of decoding are stored, the speed of a
+decode step against batch size."""
 
 import sys
+from functools import partial
 from itertools import cycle
 from pathlib import Path
 
+import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, NullLocator
@@ -12,7 +15,7 @@ from style import BLUE, GREEN, ORANGE, main
 
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT / "docs/hooks"))
-from speed import PREFILL, Decode, Prefill, length  # noqa: E402
+from speed import K_BASE, PREFILL, Decode, Prefill, length  # noqa: E402
 
 PURPLE, GREY = "#b565a7", "#808690"
 LINES = {
@@ -24,6 +27,15 @@ LINES = {
     "window": (GREEN, "-", "s"),
     "ties": (GREEN, "--", "^"),
     "smooth": (PURPLE, "-", "D"),
+}
+
+ROOFLINE_LENGTH = 131072
+STAGES = {  # of the roofline picture: case and implementation, colour and marker
+    ("attention", "cudnn"): (GREY, "D", "dense attention, cuDNN"),
+    ("attention", "flash"): (GREY, "v", "dense attention, FlashAttention"),
+    ("attention", "gsa_fast"): (BLUE, "o", "sparse attention"),
+    ("indexed_selection", "gsa_fast"): (ORANGE, "s", "indexer and selection"),
+    ("whole", "gsa_fast"): (GREEN, "^", "whole path"),
 }
 
 if not (ROOT / PREFILL).is_file():
@@ -72,6 +84,46 @@ def speedup() -> Figure:
     return figure
 
 
+def ceilings() -> tuple[float, float, float] | None:
+    """TFLOP/s of matrix products, TB/s of copies and of gathers from the L2 cache; None if one is not stored."""
+    found = {r["impl"]: r for r in RECORDS.all if r["case"] == "ceiling"}
+    if not {"matmul", "copy", "gather"} <= found.keys():
+        return None
+    return found["matmul"]["tflops"], found["copy"]["tbps"], found["gather"]["tbps"]
+
+
+def roofline(matmul: float, copy: float, gather: float) -> Figure:
+    """Measured TFLOP/s of the stages against FLOP per byte, below what matrix units and memories can give."""
+    figure = Figure(figsize=(7.2, 3.4))
+    axes = figure.add_subplot()
+    intensity = 2.0 ** np.linspace(4, 17, 200)
+    for rate, dashes, name in ((gather, "-", "L2 cache"), (copy, "--", "device memory")):
+        axes.plot(intensity, np.minimum(matmul, rate * intensity), dashes, color=GREY, linewidth=1, label=name)
+    for (case, impl), (colour, marker, name) in STAGES.items():
+        points = [
+            (r["tflops"] / r["tbps"], r["tflops"])
+            for r in RECORDS.cases
+            if (r["case"], r["impl"]) == (case, impl)
+            and r["ms"]
+            and r["shape"]["L"] == ROOFLINE_LENGTH
+            and r["shape"]["H_kv"] in (None, max(RECORDS.heads))
+            and r["shape"]["k"] in (None, K_BASE)
+            and r.get("sigmoid_mode") in (None, "exact")
+        ]
+        if points:
+            axes.plot(*zip(*points, strict=True), marker, color=colour, markersize=4, label=name)
+    axes.set_xscale("log", base=2)
+    axes.set_yscale("log", base=2)
+    for axis in (axes.xaxis, axes.yaxis):
+        axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
+        axis.set_minor_locator(NullLocator())
+    axes.set_xlabel("FLOP per byte")
+    axes.set_ylabel("TFLOP/s")
+    axes.set_ylim(48, 1024)
+    figure.legend(loc="lower center", ncols=3, bbox_to_anchor=(0.5, -0.24))
+    return figure
+
+
 def decode() -> Figure:
     """One line per number of keys: one query, the most key/value heads; below the dashed line dense attention wins."""
     figure = Figure(figsize=(5.2, 3.2))
@@ -101,6 +153,8 @@ def decode() -> Figure:
 if __name__ == "__main__":
     facts = {"devices": sorted({record["device"] for record in RECORDS.all + STEPS.all}), "records": len(RECORDS.all)}
     pictures = {"speedup": speedup}
+    if at := ceilings():
+        pictures["roofline"] = partial(roofline, *at)
     if STEPS.cases:
         pictures["decode"], facts["decode_records"] = decode, len(STEPS.all)
     main("performance", pictures, facts)

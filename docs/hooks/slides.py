@@ -23,6 +23,7 @@ log = logging.getLogger("mkdocs.hooks.slides")
 FOLDER = "teach/slides"
 TEMPLATE = "deck.html"  # in that folder
 HINT = "Space, Page Down and the links below turn the page. Printed, each slide is a page, with the answers left out."
+FRAME = re.compile(r"^    \d+\. (!.+)$", re.MULTILINE)  # as the directive `frames` lists them
 REFERENCE = re.compile(r"^\{\{ from (\S+?)#(\S+) (\w+)(?: (\d+))? \}\}$", re.MULTILINE)
 
 
@@ -33,10 +34,13 @@ def excerpt(root: Path, deck: str, page: str, slug: str, kind: str, number: int 
         LookupError: no such kind, section or block.
         OSError: no such page.
     """
-    if kind not in (*KINDS, PARAGRAPH):
-        raise LookupError(f"expected one of {', '.join(KINDS)}, {PARAGRAPH}, got {kind}")
+    if kind not in (*KINDS, PARAGRAPH, "frame"):
+        raise LookupError(f"expected one of {', '.join(KINDS)}, {PARAGRAPH}, frame, got {kind}")
     at = section(root, page, slug)
     found = [block for block in blocks(at.text) if kind_of(block) == kind]
+    if kind == "frame":  # a slide stands still
+        played = [expand(root, block, page) for block in blocks(at.text) if block.startswith("{{ frames ")]
+        found = [picture for made in played for picture in FRAME.findall(made)]
     if not 1 <= number <= len(found):
         raise LookupError(f"{page}#{slug} has {len(found)} of {kind}, not {number}")
     title = at.of if at.title.startswith(at.of) else f"{at.of}: {at.title}"

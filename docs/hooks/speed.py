@@ -12,6 +12,7 @@ TRAIN = f"{RESULTS}/train.json"
 LONG = f"{RESULTS}/long_verification.json"
 TRIED = f"{RESULTS}/tried.json"
 PREFILL_PICTURE = "figures/performance_speedup"
+ROOFLINE_PICTURE = "figures/performance_roofline"
 DECODE_PICTURE = "figures/performance_decode"
 K_BASE = 2048  # the budget of every table but the one over budgets
 FUSED, GENERAL = "gsa_fast", "gsa_fast_general"
@@ -143,6 +144,12 @@ def prefill_picture(root: Path) -> str:
     """`{{ prefill_picture }}`: the plot of the whole path's speed, if it was drawn."""
     alt = "Speed of the whole path over cuDNN against length, one line per selection, one panel per number of heads"
     return picture(root, PREFILL_PICTURE, alt)
+
+
+def roofline_picture(root: Path) -> str:
+    """`{{ roofline_picture }}`: the plot of the stages below the measured ceilings, if it was drawn."""
+    alt = "Measured speed of each stage against its operations per byte, below a roof of memory and of matrix products"
+    return picture(root, ROOFLINE_PICTURE, alt)
 
 
 def prefill_speedup(root: Path) -> str:
@@ -582,7 +589,7 @@ DIRECTIVES = {
     f.__name__: f
     for f in (
         prefill_setup, prefill_picture, prefill_speedup, prefill_range, prefill_lengths, prefill_roofline,
-        prefill_crossover, prefill_methods, prefill_budgets, prefill_memory, prefill_missing,
+        roofline_picture, prefill_crossover, prefill_methods, prefill_budgets, prefill_memory, prefill_missing,
         decode_setup, decode_picture, decode_speedup, decode_range, decode_dense, decode_roofline, decode_kernels,
         decode_losses, decode_missing, train_setup, train_times, train_memory, long_verification, tried,
     )

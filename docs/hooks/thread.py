@@ -378,6 +378,35 @@ def fact_table(root: Path, stem: str, name: str) -> str:
     return table(found["header"], found["rows"], left=found.get("left", 1))
 
 
+def frames(root: Path, stem: str, name: str) -> str:
+    """`{{ frames attention online }}`: pictures <stem>_<name>_1, 2, … that such a script stored, and told in its facts.
+
+    They follow one another by themselves, or stand still at the one that a reader chooses, without a script; below,
+    folded, all of them.
+    """
+    found, group = _fact(root, stem, name), f"{stem}-{name}"
+    pictures = [
+        "".join(f"![{told}](../figures/{stem}_{name}_{n}.{s}.svg#only-{s})" for s in ("light", "dark"))
+        for n, told in enumerate(found["frames"], 1)
+    ]
+    choices = "".join(
+        f'<input type="radio" name="{group}" id="{group}-{n}"{"" if n else " checked"}>'
+        f'<label for="{group}-{n}">{n or "Play"}</label>'
+        for n in range(len(pictures) + 1)
+    )
+    strip = f'<span class="window"><span class="strip">{"".join(pictures)}</span></span>'
+    style = f"--frames: {len(pictures)}"
+    return "\n".join(
+        [
+            f'<div class="frames" role="group" aria-label="{found["title"]}" style="{style}" markdown="span">',
+            f"{choices}{strip}",
+            "</div>\n",
+            f'??? note "{found["title"]}: all frames"',
+            *(f"    {n}. {picture}" for n, picture in enumerate(pictures, 1)),
+        ]
+    )
+
+
 DIRECTIVES: dict[str, Callable[..., str]] = {
     "source": source,
     "kernels": kernels,
@@ -385,6 +414,7 @@ DIRECTIVES: dict[str, Callable[..., str]] = {
     "default": default,
     "fact": fact,
     "fact_table": fact_table,
+    "frames": frames,
     "equation_index": equation_index,
     "claims_verdicts": claims_verdicts,
     "claims_list": lambda root: expand(root, claims_list(root), "claims.md"),

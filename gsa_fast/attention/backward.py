@@ -20,6 +20,7 @@ from gsa_fast.attention.union_backward_hopper import channels_in_order, union_ba
 
 # float32 has no matrix units that keep its precision, and its tiles would not fit the registers.
 FLOAT32_TILE_ROWS = 16
+FLOAT32_WIDTH = 128  # channels whose float32 tiles fit 99 KiB of shared memory
 # The parts that tiles give to dk and dv are kept for one round of tiles at a time, in as many bytes as this many
 # float32 copies of dk and dv have, or LEAST_PART_BYTES.
 PART_COPIES = 6
@@ -29,6 +30,11 @@ ROUNDS = 16
 SUM_PROGRAMS = 4096
 # At a time: tiles whose parts a program of `list_parts_kernel` lists, parts that one of `sum_parts_kernel` adds.
 TILES_AT_A_TIME, PARTS_AT_A_TIME = 32, 8
+
+
+def too_wide(width: int, device: torch.device) -> bool:
+    """Whether tiles of `width` channels in float32, which take 112 KiB and more, do not fit the shared memory."""
+    return width > FLOAT32_WIDTH and _backend.little_shared_memory(device)
 
 
 def attend_backward(
@@ -49,6 +55,9 @@ def attend_backward(
     """dq, dk, dv and the gradient of the output gate's logits, in the dtypes of what they belong to.
 
     `out` and `lse` are what the forward pass returned.
+
+    Raises:
+        ValueError: a tile of this width in float32 does not fit the device's shared memory.
     """
     out, lse = out.contiguous(), lse.contiguous()  # no copy of what the forward pass made
     (B, L, H, d_h), (S, H_kv), K = q.shape, k.shape[1:3], indices.shape[-1]
@@ -72,6 +81,11 @@ def attend_backward(
     dq = torch.zeros(q.shape, dtype=q.dtype, device=device)
     dkv = torch.zeros((B, S, 2, H_kv, d_h), dtype=torch.float32, device=device)
     is_float32 = q.dtype == torch.float32
+    if is_float32 and too_wide(block_d, device):
+        raise ValueError(
+            f"q: expected float16, bfloat16 or at most {FLOAT32_WIDTH} channels for gradients on a device with less "
+            f"than {_backend.LARGE_SHARED_MEMORY // 1024} KiB of shared memory, got float32 with {d_h}"
+        )
     queries = max(1, FLOAT32_TILE_ROWS // group) if is_float32 else union.queries_per_tile(group)
     if not is_float32 and block_d > 128 and _backend.little_shared_memory(device):
         queries = max(1, queries // 2)  # half the rows: with all of them even one stage takes 1 KiB too much
@@ -131,7 +145,7 @@ def attend_backward(
             else:
                 union_backward_kernel[(n_tiles * H_kv,)](
                     *tensors, *(stride for x in (q, k, v, do) for stride in x.stride()), *scalars,
-                    **of_tile, BLOCK_D=block_d, num_warps=4 if is_float32 else 8,
+                    **of_tile, BLOCK_D=block_d, num_warps=4 if is_float32 and block_d <= 64 else 8,
                     num_stages=1 if is_float32 or block_d <= 64 else 2,
                 )  # fmt: skip
             if deterministic:

@@ -93,7 +93,7 @@ class Limits:
     l2: float
 
 
-def device_limits() -> Limits:
+def device_limits() -> Limits:  # pragma: no cover  needs a GPU
     """The limits of the current CUDA device. What is allocated already counts as taken."""
     free, _ = torch.cuda.mem_get_info()
     return Limits(MEMORY_SHARE * free, torch.cuda.get_device_properties().L2_cache_size)

@@ -63,7 +63,9 @@ def take_turns(calls: list[Callable[[], Any]]) -> Callable[[], Any]:
     return turn
 
 
-def measure(call: Callable[[], Any], *, graph: bool, seconds: float = SECONDS, turns: int = 1) -> Timing:
+def measure(  # pragma: no cover  needs a GPU
+    call: Callable[[], Any], *, graph: bool, seconds: float = SECONDS, turns: int = 1
+) -> Timing:
     """Time `call` with CUDA events: two warm-ups, then repetitions that are queued without waiting in between.
 
     The first warm-up gives the peak memory: what was allocated at most during the call, less what was allocated before
@@ -97,7 +99,7 @@ def measure(call: Callable[[], Any], *, graph: bool, seconds: float = SECONDS, t
     return Timing(*percentiles([time / turns for time in times]), len(times), peak, graph and not reason, reason)
 
 
-def _event_times(run: Callable[[], Any], n: int) -> list[float]:
+def _event_times(run: Callable[[], Any], n: int) -> list[float]:  # pragma: no cover  needs a GPU
     events = [(torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)) for _ in range(n)]
     for start, end in events:
         start.record()

@@ -48,7 +48,7 @@ ATTEND_OPTIONS = {"num_warps": 2, "num_stages": 3}
 # Not measured: with these no configuration spills registers.
 WIDE_TILE = 2048  # numbers of a tile of outputs, above which more threads hold them
 WIDE_ATTEND_OPTIONS = {"num_warps": 4, "num_stages": 3}
-FLOAT32_ATTEND_OPTIONS = {"num_warps": 8, "num_stages": 5}
+FLOAT32_ATTEND_OPTIONS = {"num_warps": 8, "num_stages": 3}
 
 
 class DecodeOutput(NamedTuple):

@@ -9,24 +9,44 @@ from gsa_fast.selection.scores import LOG2_E, load_queries, score_tile
 MASKED = tl.constexpr(-2.0)  # below every score, and below the threshold −1 of a row that is shortlisted whole
 
 
-# A row of a matrix product is spread over four threads; thread q holds columns 2q, 2q + 1, 8 + 2q, 8 + 2q + 1, …
-# Keys are loaded in an order that makes these columns neighbouring keys: what a thread keeps apart (sums, counts) then
-# is about a run of keys, and costs no exchange. Nothing but speed depends on how a compiler lays out tiles.
+# A row of a product of the matrix units is spread over four threads; thread q holds columns 2q, 2q + 1, 8 + 2q,
+# 8 + 2q + 1, … Keys are loaded in an order that makes these columns neighbouring keys: what a thread keeps apart (sums,
+# counts) then is about a run of keys, and costs no exchange. Float32 products come from no matrix unit: neighbouring
+# threads hold neighbouring columns, and keys stay in their order. In any other, threads that share a run would lie
+# apart, and Triton, 3.7 included, would reduce over the wrong ones (`torn_reductions` in verification.compile).
 RUNS = tl.constexpr(4)
 
 
 @triton.jit
-def key_of_column(BLOCK_S: tl.constexpr):
+def key_of_column(BLOCK_S: tl.constexpr, IN_ORDER: tl.constexpr):
     """The key, counted from the tile's first, whose scores are column c of a tile: [BLOCK_S]."""
     c = tl.arange(0, BLOCK_S)
-    return (c % 8 // 2) * (BLOCK_S // RUNS) + c // 8 * 2 + c % 2
+    if IN_ORDER:
+        return c
+    else:
+        return (c % 8 // 2) * (BLOCK_S // RUNS) + c // 8 * 2 + c % 2
 
 
 @triton.jit
-def runs_of_keys(x):
+def runs_of_keys(x, IN_ORDER: tl.constexpr):
     """A tile [BLOCK_L, BLOCK_S] with columns as in `key_of_column`, by runs of neighbouring keys: [BLOCK_L, 4, run]."""
-    x = tl.reshape(x, [x.shape[0], x.shape[1] // 8, RUNS, 2])
-    return tl.reshape(tl.permute(x, [0, 2, 1, 3]), [x.shape[0], RUNS, x.shape[1] * 2])
+    if IN_ORDER:
+        return tl.reshape(x, [x.shape[0], RUNS, x.shape[1] // RUNS])
+    else:
+        x = tl.reshape(x, [x.shape[0], x.shape[1] // 8, RUNS, 2])
+        return tl.reshape(tl.permute(x, [0, 2, 1, 3]), [x.shape[0], RUNS, x.shape[1] * 2])
+
+
+@triton.jit
+def sums_of_runs(x, IN_ORDER: tl.constexpr):
+    """What a thread adds up by itself: each run of a tile, [BLOCK_L, 4], or with keys in their order nothing yet.
+
+    A sum of squares over threads, taken at once, would differ between them: each squares its own part unrounded (FMA).
+    """
+    if IN_ORDER:
+        return x
+    else:
+        return tl.sum(x, axis=2)
 
 
 @triton.jit
@@ -76,7 +96,7 @@ def shortlist_kernel(
     stride_wb, stride_wl, stride_wh, stride_bias,
     rows, first_row, S, splits, segment, spans, scale,
     H_I: tl.constexpr, d_I: tl.constexpr, BLOCK_L: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_D: tl.constexpr,
-    SPAN: tl.constexpr, APPROXIMATE: tl.constexpr,
+    SPAN: tl.constexpr, IN_ORDER: tl.constexpr, APPROXIMATE: tl.constexpr,
 ):  # fmt: skip
     """Shortlist of BLOCK_L queries over one split of the keys, and their statistics over each SPAN of keys.
 
@@ -104,7 +124,7 @@ def shortlist_kernel(
     tie = tl.load(tie_ptr + chunk_row, mask=inside, other=0)
     c = tl.arange(0, BLOCK_D).to(tl.int64)
     p_k = k_ptr + b * stride_kb + c[None, :] * stride_kd
-    column = key_of_column(BLOCK_S)
+    column = key_of_column(BLOCK_S, IN_ORDER)
     step = 1 - 2 * (split % 2)
     p_entry = entries_ptr + (chunk_row * ((splits + 1) // 2) + split // 2) * segment + (split % 2) * (segment - 1)
     written = tl.zeros([BLOCK_L], tl.int32)
@@ -115,8 +135,8 @@ def shortlist_kernel(
         first_key = span * SPAN
         n_span = tl.minimum(tl.maximum(n_visible - first_key, 0), SPAN).to(tl.float32)
         shift = tl.zeros([BLOCK_L], tl.float32)
-        total = tl.zeros([BLOCK_L, RUNS], tl.float32)
-        squares = tl.zeros([BLOCK_L, RUNS], tl.float32)
+        total = sums_of_runs(tl.zeros([BLOCK_L, RUNS, BLOCK_S // RUNS], tl.float32), IN_ORDER)
+        squares = sums_of_runs(tl.zeros([BLOCK_L, RUNS, BLOCK_S // RUNS], tl.float32), IN_ORDER)
         p_tile = p_k + (first_key + column).to(tl.int64)[:, None] * stride_ks
         for first in range(first_key, tl.minimum(last_key, first_key + SPAN), BLOCK_S):
             s = first + column  # [BLOCK_S]
@@ -124,7 +144,7 @@ def shortlist_kernel(
             scores = score_tile(b_q, weight, bias, b_k, -scale * LOG2_E, H_I, APPROXIMATE)  # [BLOCK_L, BLOCK_S]
             if first + BLOCK_S > full:
                 scores = tl.where(s[None, :] < n_visible[:, None], scores, MASKED)
-            by_run = runs_of_keys(scores)  # [BLOCK_L, 4, BLOCK_S / 4]
+            by_run = runs_of_keys(scores, IN_ORDER)  # [BLOCK_L, 4, BLOCK_S / 4]
             if first == first_key:
                 # Σ and Σ² of deviations do not cancel if they are from a score that is no outlier; and equal scores
                 # deviate from one of their own by exactly 0.
@@ -134,8 +154,8 @@ def shortlist_kernel(
             deviation = by_run - shift[:, None, None]
             if first + BLOCK_S > full:
                 deviation = tl.where(by_run == MASKED, 0.0, deviation)
-            total += tl.sum(deviation, axis=2)
-            squares += tl.sum(deviation * deviation, axis=2)
+            total += sums_of_runs(deviation, IN_ORDER)
+            squares += sums_of_runs(deviation * deviation, IN_ORDER)
             # Past `tie`, an equal score is no candidate: the next larger number is the threshold.
             next_larger = (threshold.to(tl.int32, bitcast=True) + 1).to(tl.float32, bitcast=True)
             reach = tl.where(first <= tie, threshold, next_larger)
@@ -146,6 +166,8 @@ def shortlist_kernel(
             written += n_new
             p_tile += tl.cast(stride_ks, tl.int64) * BLOCK_S
         p_statistics = statistics_ptr + chunk_row * 3 * spans  # [BLOCK_L]
+        if IN_ORDER:
+            total, squares = tl.sum(total, axis=2), tl.sum(squares, axis=2)
         row_total = tl.sum(total, axis=1)
         mean_deviation = row_total / tl.maximum(n_span, 1.0)
         m2 = tl.maximum(tl.sum(squares, axis=1) - row_total * mean_deviation, 0.0, propagate_nan=tl.PropagateNan.ALL)

@@ -28,9 +28,11 @@ SAMPLE_BYTES = 256 * 2**20
 # Candidates that a program of `select_kernel` holds in registers, and of `select_large_kernel`: the second pays if few
 # rows need it, the third is for many keys, when the samples are far between.
 CAPACITY, LARGE_CAPACITY, LARGEST_CAPACITY = 4096, 8192, 16384
-MAX_SAMPLES = 16384
+MAX_STRIDE, MAX_SAMPLES = 64, 16384
 SPAN = 4096  # keys that share statistics
 BLOCK_L, BLOCK_S = 64, 32
+# Keys that `redo_kernel` scores at a time: at most so many, and so many bytes of them; shared memory holds two tiles.
+REDO_BLOCK_S, REDO_TILE_BYTES = 128, 2**15
 # A program of `shortlist_kernel` holds the query tiles of all indexer heads.
 MAX_HEADS, MAX_CHANNELS = 8, 512
 MIN_PROGRAMS = 512  # splits of the rows of a short input, until there are as many
@@ -69,7 +71,7 @@ def shortlist_plan(S: int, K: int, k_base: int, H_I: int, d_I: int) -> Plan | No
     for common, capacity in (
         (CAPACITY, LARGE_CAPACITY), (LARGE_CAPACITY, LARGE_CAPACITY), (LARGEST_CAPACITY, LARGEST_CAPACITY)
     ):  # fmt: skip
-        stride = 64
+        stride = MAX_STRIDE
         while stride > 1 and triton.cdiv(S, stride) <= MAX_SAMPLES:
             if shortlist_size(k_base, stride) <= common and shortlist_size(K, stride) <= capacity - BLOCK_S:
                 return Plan(stride, capacity)
@@ -82,6 +84,11 @@ def shortlist_size(k: int, stride: int) -> float:
     expected = k / stride
     r = 33 / 32 * (expected + Z * Z / 2 + Z * math.sqrt(1.1 * expected + Z * Z / 4))
     return stride * (r + Z / 2 * math.sqrt(r))
+
+
+def keys_in_order(dtype: torch.dtype) -> bool:
+    """Whether the columns of a tile of scores are the keys in their order: see `shortlist.RUNS`."""
+    return dtype == torch.float32
 
 
 def rows_per_chunk(L: int, affordable: int, block_l: int) -> int:
@@ -164,7 +171,8 @@ def launch_streamed_selection(
             q, k_idx, w, bias, start, lengths, threshold, tie, entries, sizes, statistics,
             *q.stride(), *k_idx.stride(), *w.stride(), *bias.stride(),
             n_rows, first_row, S, splits, segment, spans, scale,
-            **widths, BLOCK_L=block_l, SPAN=SPAN, APPROXIMATE=approximate, **options,
+            **widths, BLOCK_L=block_l, SPAN=SPAN, IN_ORDER=keys_in_order(q_idx.dtype), APPROXIMATE=approximate,
+            **options,
         )  # fmt: skip
         select_kernel[(B * n_rows,)](
             entries, sizes, statistics, mean_variance, start, lengths,
@@ -180,13 +188,14 @@ def launch_streamed_selection(
             )  # fmt: skip
 
     # As many rows at once as the shortlists' memory has room for, now that it is free.
+    redo_block_s = min(REDO_BLOCK_S, REDO_TILE_BYTES // (widths["BLOCK_D"] * k_idx.element_size()))
     scratch = entries.view(torch.float32) if 2 * len(entries) >= S else torch.empty(S, device=device)
     redo_kernel[(min(264, B * L, len(scratch) // S),)](
         q_idx, k_idx, head_logits, bias, mean_variance, start, lengths,
         scratch, indices, counts, variance, failed, n_failed,
         *q_idx.stride(), *k_idx.stride(), *head_logits.stride(), *bias.stride(),
         L, S, K, scale, *budget,
-        RULE=RULE_CODES[rule], **widths | {"BLOCK_S": 128}, BLOCK_H=max(16, triton.next_power_of_2(H_I)),
+        RULE=RULE_CODES[rule], **widths | {"BLOCK_S": redo_block_s}, BLOCK_H=max(16, triton.next_power_of_2(H_I)),
         BLOCK_ROW=row_block(S), num_warps=8,
     )  # fmt: skip
     return n_failed

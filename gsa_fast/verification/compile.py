@@ -2,7 +2,8 @@
 
 Every launch that the public functions make for given arguments is recorded instead of run, and compiled for each target
 with the specialisations that a real launch would get. It catches what the interpreter cannot: types that do not
-compile, shared memory beyond the target's limit, registers spilled to the stack.
+compile, shared memory beyond the target's limit, registers spilled to the stack, and reductions that Triton lowers
+wrongly.
 """
 
 import math
@@ -28,7 +29,7 @@ from triton.runtime.jit import JITFunction
 
 import gsa_fast
 from gsa_fast import _backend
-from gsa_fast.attention import METHODS, union_hopper
+from gsa_fast.attention import METHODS, backward, union_hopper
 from gsa_fast.verification.interpreter import attention_method
 from gsa_ref import GSAConfig, Selection
 
@@ -67,6 +68,7 @@ class CompiledKernel:
     shared_memory_limit: int
     registers: int
     stack: int
+    torn_reductions: int
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -75,10 +77,11 @@ class CompiledKernel:
     def fits(self) -> bool:
         """Whether it can be launched on the target, with at most MAX_STACK bytes of registers spilled per thread.
 
-        A repair kernel may spill more: it has something to do only where a result is not finite.
+        And whether it reduces what it says (`torn_reductions`). A repair kernel may spill more: it has something to do
+        only where a result is not finite.
         """
         allowed = math.inf if self.kernel.endswith("_repair_kernel") else MAX_STACK
-        return self.shared_memory <= self.shared_memory_limit and self.stack <= allowed
+        return self.shared_memory <= self.shared_memory_limit and self.stack <= allowed and not self.torn_reductions
 
 
 @contextmanager
@@ -124,12 +127,7 @@ def recorded_launches(little_shared_memory: bool = False) -> Iterator[list[Launc
 
 def compile_launch(launch: Launch, capability: int) -> CompiledKernel:
     """Compile one recorded launch for sm_<capability> and read what the binary uses."""
-    attributes = {(i,): [["tt.divisibility", 16]] for i in launch.divisible_by_16}
-    names = list(dict(launch.signature))
-    constants = {(names.index(name),): value for name, value in launch.constants}
-    source_type = GluonASTSource if launch.kernel.is_gluon() else ASTSource
-    source = source_type(launch.kernel, dict(launch.signature), constants, attributes)
-    compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=dict(launch.options))
+    compiled = compile_code(launch, capability)
     registers, stack = _resource_usage(compiled.asm["cubin"])
     return CompiledKernel(
         kernel=launch.kernel.__name__,
@@ -139,7 +137,51 @@ def compile_launch(launch: Launch, capability: int) -> CompiledKernel:
         shared_memory_limit=SHARED_MEMORY_LIMIT[capability],
         registers=registers,
         stack=stack,
+        torn_reductions=torn_reductions(compiled.asm["ttgir"]),
     )
+
+
+def compile_code(launch: Launch, capability: int) -> Any:
+    """What Triton makes of one recorded launch for sm_<capability>: `asm` holds its code in every stage."""
+    attributes = {(i,): [["tt.divisibility", 16]] for i in launch.divisible_by_16}
+    names = list(dict(launch.signature))
+    constants = {(names.index(name),): value for name, value in launch.constants}
+    source_type = GluonASTSource if launch.kernel.is_gluon() else ASTSource
+    source = source_type(launch.kernel, dict(launch.signature), constants, attributes)
+    return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=dict(launch.options))
+
+
+def torn_reductions(ttgir: str) -> int:
+    """How many reductions are over threads of a warp that are not neighbours, which Triton (3.6, 3.7) lowers wrongly.
+
+    It takes as many lane bits as the axis has, from its lowest one on, whatever lies between them: some of what belongs
+    together is left out, and what belongs to another axis is taken in. Only a permuted tile has such a layout.
+
+    Args:
+        ttgir: a kernel in Triton's GPU dialect, where every tile names how it is spread over threads.
+    """
+    layouts = dict(re.findall(r"^(#\w+) = (#ttg\..*)$", ttgir, re.MULTILINE))
+    torn = 0
+    for axis, operands in re.findall(
+        r'"tt\.reduce"\(.*?<\{axis = (\d+) : i32.*?\n(?:.*\n)*? *\}\) : \((.*?)\) ->', ttgir
+    ):
+        for layout in re.findall(r"tensor<[^,]*?, (#.*?)>(?=, tensor|$)", operands):
+            on_axis = [bit for bit, basis in enumerate(_lanes(layout, layouts)) if basis[int(axis)]]
+            torn += bool(on_axis) and on_axis[-1] - on_axis[0] >= len(on_axis)
+    return torn
+
+
+def _lanes(layout: str, layouts: dict[str, str]) -> list[list[int]]:
+    """Where each bit of a thread's number in its warp moves in a tile, for a permuted layout; [] for any other.
+
+    Those keep the threads along an axis together.
+    """
+    layout = layouts.get(layout, layout)
+    if match := re.match(r"#ttg\.slice<\{dim = (\d+), parent = (.*)\}>$", layout):
+        dim = int(match[1])
+        return [basis[:dim] + basis[dim + 1 :] for basis in _lanes(match[2], layouts)]
+    match = re.match(r"#ttg\.linear<\{.*?lane = (\[\[.*?\]\])", layout)
+    return [[int(x) for x in basis.split(",")] for basis in re.findall(r"\[([\d, ]+)\]", match[1])] if match else []
 
 
 def shipped_calls(
@@ -162,7 +204,7 @@ def shipped_calls(
             q_idx, k_idx = torch.zeros(B, L, config.H_I, d_I, dtype=dtype), torch.zeros(B, S, d_I, dtype=dtype)
             inputs = q_idx, k_idx, torch.zeros(B, L, config.H_I, dtype=dtype), torch.zeros(config.H_I)
             yield partial(gsa_fast.indexer_scores, *inputs, scale=0.125, impl="triton")
-            if dtype == dtypes[0] or d_I == 64:
+            if dtype in (dtypes[0], torch.float32) or d_I == 64:
                 selecting = partial(gsa_fast.indexed_selection, mean_variance=0.1, config=config, impl="triton")
                 yield partial(selecting, *inputs)
                 many_heads = [x.repeat_interleave(4, dim=-2 if x.ndim == 4 else -1) for x in (inputs[0], *inputs[2:])]
@@ -182,6 +224,8 @@ def shipped_calls(
                         yield partial(_attend_by, method, q, k, k, selection, output_gate_logits=gate, impl="triton")
                         if method == "union" and d_h in union_hopper.HEAD_WIDTHS:
                             yield partial(_attend_on_hopper, q, k, k, selection, output_gate_logits=gate, impl="triton")
+                if dtype == torch.float32 and backward.too_wide(d_h, q.device):
+                    continue
                 for on_hopper in (False, True) if d_h in union_hopper.HEAD_WIDTHS else (False,):
                     for deterministic in (True, False):
                         yield partial(_backward, on_hopper, deterministic, q, k, selection)

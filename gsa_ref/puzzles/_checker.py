@@ -107,7 +107,7 @@ class Puzzle:
         example, got, problem = found
         if problem == UNSOLVED:
             return Outcome(False, UNSOLVED)
-        lines = [f"wrong: {problem}", "the smallest example found:"]
+        lines = [f"wrong: {problem}"] + ["the smallest example found:"] * bool(example.arguments)
         lines += [_assignment(name, value) for name, value in example.arguments.items()]
         if example.judge is None:
             lines.append(_assignment("expected", example.expected))
@@ -125,6 +125,8 @@ class Puzzle:
         except NotImplementedError:
             return RAISED, UNSOLVED
         except Exception as error:  # noqa: BLE001  # whatever the learner's code raises is told, with its input
+            if isinstance(error.__cause__, NotImplementedError):  # a kernel, in Triton's interpreter
+                return RAISED, UNSOLVED
             return RAISED, _raised(error, function)
         return (got, UNSOLVED) if got is NotImplemented else (got, example.problem(got))
 
@@ -139,11 +141,15 @@ def puzzle(
     oracle: str,
     examples: int = 100,
     warnings: Literal["error", "ignore"] = "error",
+    kind: type[Puzzle] = Puzzle,
 ) -> Callable[[Callable[[Any], Example]], Puzzle]:
-    """Make a puzzle of a function that turns what `draw` drew into an example. The function's name is the puzzle's."""
+    """Make a puzzle of a function that turns what `draw` drew into an example. The function's name is the puzzle's.
+
+    `kind` is a subclass of Puzzle for a check that looks at more than what a call returns.
+    """
 
     def make(example: Callable[[Any], Example]) -> Puzzle:
-        return Puzzle(example.__name__, oracle, draw, example, examples, warnings)
+        return kind(example.__name__, oracle, draw, example, examples, warnings)
 
     return make
 

@@ -227,6 +227,15 @@ def test_rounds_change_only_roundings(device, monkeypatch):
             torch.testing.assert_close(split[name], whole[name], rtol=1e-5, atol=1e-6, msg=name)
 
 
+def test_float32_tiles_beyond_the_shared_memory_of_a_device_are_refused(device, monkeypatch):
+    """On devices with 99 KiB a launch would fail; those that fit have gradients as ever."""
+    monkeypatch.setattr(backward._backend, "little_shared_memory", lambda device: True)
+    arguments, dout = draw(4, device, L=3, S=5, K=2, d_h=backward.FLOAT32_WIDTH + 2)
+    with pytest.raises(ValueError, match=r"^q: .*at most 128 channels .*less than 128 KiB .*got float32 with 130"):
+        gradients(gsa_fast.sparse_attention, arguments, dout, impl="triton")
+    gradients(gsa_fast.sparse_attention, *draw(4, device, L=3, S=5, K=2, d_h=backward.FLOAT32_WIDTH), impl="triton")
+
+
 @pytest.mark.parametrize(("d_h", "run"), [(64, 8), (128, 8), (64, 4), (128, 4)])
 def test_places_of_a_thread_are_a_permutation_that_is_undone(d_h, run):
     """Channel 8i + 2j + e of thread j lies at e + 2 (i mod run/2) + run j + 4 run ⌊i / (run/2)⌋."""

@@ -6,6 +6,7 @@ import sys
 import warnings
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -339,6 +340,15 @@ def test_without_warnings_when_kernels_run(device, monkeypatch):
 
 
 # --- large batches, on a GPU only: the interpreter would run 10,000 programs for each -----------------------------
+
+
+@pytest.mark.parametrize(("bytes_of_a_block", "little"), [(101_376, True), (166_912, False), (232_448, False)])
+def test_devices_with_99_kib_of_shared_memory_have_little(bytes_of_a_block, little, monkeypatch):
+    """Of capability 8.6 and 8.9, of 8.0, and of 9.0; the device is a stub."""
+    properties = SimpleNamespace(shared_memory_per_block_optin=bytes_of_a_block)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
+    assert _backend.little_shared_memory(torch.device("cuda")) == little
+    assert not _backend.little_shared_memory(torch.device("cpu"))
 
 
 @pytest.mark.pitfall("large-batch")

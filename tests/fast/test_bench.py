@@ -9,7 +9,7 @@ import torch
 
 import gsa_fast
 from gsa_fast.__main__ import main
-from gsa_fast.bench import patterns, prefill, records, rooflines, timing
+from gsa_fast.bench import patterns, prefill, records, rooflines, suite, timing
 from gsa_fast.bench.prefill import Case
 from gsa_fast.bench.rooflines import Ceilings, Work
 from gsa_fast.bench.timing import Timing
@@ -457,3 +457,36 @@ def test_bad_usage_exits_2_and_names_the_argument(arguments, message, capsys):
         main(["bench", *arguments])
     assert stopped.value.code == 2
     assert message in capsys.readouterr().err
+
+
+def test_a_device_that_refuses_to_synchronise_works_no_more(monkeypatch):
+    def refuse() -> None:
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    assert suite.device_works()
+    monkeypatch.setattr(torch.cuda, "synchronize", refuse)
+    assert not suite.device_works()
+
+
+@pytest.mark.parametrize("text", ["{", "{}"])
+@pytest.mark.parametrize("name", ["prefill", "decode", "train"])
+def test_a_file_that_holds_no_records_is_refused(name, text, tmp_path, capsys):
+    file = tmp_path / "records.json"
+    file.write_text(text)
+    with pytest.raises(SystemExit, match="2"):
+        main(["bench", name, "--json", str(file)])
+    assert f"argument --json: {file}: expected a list of records, got " in capsys.readouterr().err
+
+
+def test_a_ceiling_is_the_work_done_over_the_median_time(monkeypatch):
+    """With a clock that says two milliseconds; on the meta device, where no work is done."""
+    monkeypatch.setattr(timing, "measure", lambda call, **_: Timing(2.0, 1.9, 2.2, 5, 0, False))
+    ceilings, timings = timing.measure_ceilings(device="meta")
+    assert set(timings) == {"matmul", "copy", "gather", "special"}
+    assert ceilings.matmul == pytest.approx(2 * 8192**3 / 2e-3)
+    assert ceilings.copy == pytest.approx(2 * 2**31 / 2e-3)
+    assert ceilings.gather == pytest.approx(8192 * 2048 * 256 / 2e-3)
+    assert ceilings.special == pytest.approx(2**22 * 4096 / 2e-3)
+    few, _ = timing.measure_ceilings(["copy"], device="meta")
+    assert (few.copy, few.matmul) == (ceilings.copy, float("inf"))

@@ -89,3 +89,21 @@ def test_bad_usage_names_the_argument(capsys):
     with pytest.raises(SystemExit):
         main(["bench", "train", "--length", "3"])
     assert "argument --length: expected at least 16, got 3" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("options", "lengths"), [(["--length", "128", "--length", "64"], [128, 64]), (["--quick"], None)]
+)
+def test_the_command_measures_the_cases_of_its_options(options, lengths, monkeypatch):
+    """As on a GPU; what would measure there is a stub."""
+    seen = {}
+    monkeypatch.setattr(train.suite, "refuses", lambda interpreted: False)
+    monkeypatch.setattr(train.prefill, "Inputs", lambda seed: seed)
+    monkeypatch.setattr(train, "run", lambda cases, inputs, **given: seen.update(cases=cases, seed=inputs, **given))
+    monkeypatch.setattr(train.suite, "report", lambda run, n, *rest: run({"where": 1}) or seen.update(n=n) or 0)
+    assert main(["bench", "train", "--seed", "7", "--kv-heads", "2", *options]) == 0
+    expected = train.plan(lengths or list(train.QUICK_LENGTHS), [2], list(
+        train.QUICK_SELECTIONS if "--quick" in options else train.SELECTIONS
+    ))  # fmt: skip
+    assert (seen["cases"], seen["n"], seen["seed"]) == (expected, len(expected), 7)
+    assert seen["seconds"] == (train.QUICK_SECONDS if "--quick" in options else train.SECONDS)

@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from gsa_fast.verification.compile import torn_reductions
+
 ROOT = Path(__file__).parents[2]
 SAMPLE = """
 import sys, torch
@@ -39,6 +41,37 @@ for launch in launches:
         if constants.get("OUTPUT_GATE", constants.get("DETERMINISTIC")):
             k = compile_launch(launch, 86)
             print(k.kernel, k.shared_memory, k.fits)
+"""
+# As many channels as an indexer may have, in the widest type.
+WIDEST_INDEXER = """
+import sys, torch, gsa_fast
+from gsa_fast.verification.compile import compile_launch, recorded_launches
+from gsa_ref import GSAConfig
+dtype = getattr(torch, sys.argv[1])
+x = torch.zeros(1, 64, 512, dtype=dtype)
+config = GSAConfig(k_base=8, k_min=2, k_max=16, H_I=1, d_I=512)
+with recorded_launches() as launches:
+    inputs = x[:, :, None], x, x[..., :1].contiguous(), torch.zeros(1)
+    gsa_fast.indexed_selection(*inputs, mean_variance=0.1, config=config, impl="triton")
+for launch in launches:
+    if launch.kernel.__name__ in ("shortlist_kernel", "redo_kernel"):
+        k = compile_launch(launch, 86)
+        print(k.kernel, k.shared_memory, k.fits)
+"""
+# Every multiplication that is fused with the addition of another thread's number, in kernels that choose keys by a sum.
+FUSED = """
+import re, sys, torch
+from gsa_fast.verification.compile import compile_code, recorded_launches, shipped_calls
+KERNELS = sys.argv[2].split(",")
+with recorded_launches() as launches:
+    for call in shipped_calls((getattr(torch, sys.argv[1]),), (64,), ((32, 8),)):
+        call()
+for launch in launches:
+    if launch.kernel.__name__ in KERNELS:
+        ptx = compile_code(launch, 90).asm["ptx"]
+        received = set(re.findall(r"shfl\\.sync\\.\\w+\\.b32\\s+(%\\w+)", ptx))
+        addends = re.findall(r"fma\\.rn\\.f32\\s+%\\w+, \\S+, \\S+, (%\\w+);", ptx)
+        print(launch.kernel.__name__, len(received), len(addends), len(received.intersection(addends)))
 """
 KERNELS = {
     "apply_gate_backward_kernel",
@@ -124,6 +157,59 @@ def test_the_largest_tiles_fit_sm_86():
     expected = {"masked_attention_kernel", "union_attention_kernel", "union_backward_kernel"}
     assert {kernel for kernel, *_ in lines} == expected
     assert [line for line in lines if line[-1] != "True"] == []
+
+
+def test_the_widest_indexer_fits_sm_86():
+    run = compile_sample("float32", WIDEST_INDEXER)
+    assert run.returncode == 0, run.stderr
+    lines = [line.split() for line in run.stdout.splitlines()]
+    assert {kernel for kernel, *_ in lines} == {"shortlist_kernel", "redo_kernel"}
+    assert [line for line in lines if line[-1] != "True"] == []
+
+
+def test_all_threads_round_the_sums_alike_that_decide_what_is_selected():
+    """Else they may disagree on k_t, and on how often a loop runs."""
+    kernels = {name for name in KERNELS if "select_kernel" in name or "threshold_kernel" in name}
+    kernels |= {"shortlist_kernel", "redo_kernel"}
+    run = compile_sample("float32", FUSED, ",".join(kernels))
+    assert run.returncode == 0, run.stderr
+    lines = [line.split() for line in run.stdout.splitlines()]
+    assert {kernel for kernel, *_ in lines} == kernels
+    assert sum(int(received) for _, received, *_ in lines) > 100
+    assert sum(int(addends) for _, _, addends, _ in lines) > 100
+    assert [line for line in lines if line[-1] != "0"] == []
+
+
+REDUCTION = """
+#blocked = #ttg.blocked<{sizePerThread = [1, 1], threadsPerWarp = [1, 32], warpsPerCTA = [8, 1], order = [1, 0]}>
+#linear = #ttg.linear<{register = [[8, 0, 0]], lane = LANES, warp = [[1, 0, 0], [2, 0, 0], [4, 0, 0]], block = []}>
+    %1 = "tt.reduce"(%0) <{axis = AXIS : i32}> ({
+    ^bb0(%a: f32 loc("a"), %b: f32 loc("b")):
+      %2 = arith.addf %a, %b : f32 loc(#loc1)
+      tt.reduce.return %2 : f32 loc(#loc2)
+    }) : (tensor<16x4xf32, #blocked>, tensor<16x4x8xf32, LAYOUT>) -> (tensor<16xf32, #blocked>) loc(#loc2)
+"""
+NEIGHBOURS = "[[0, 1, 0], [0, 2, 0], [0, 0, 1], [0, 0, 2], [0, 0, 4]]"
+APART = "[[0, 0, 1], [0, 1, 0], [0, 2, 0], [0, 0, 2], [0, 0, 4]]"
+
+
+@pytest.mark.parametrize(
+    ("lanes", "axis", "layout", "torn"),
+    [
+        (NEIGHBOURS, 2, "#linear", 0),
+        (NEIGHBOURS, 1, "#linear", 0),
+        (APART, 2, "#linear", 1),
+        (APART, 1, "#linear", 0),
+        (APART, 0, "#linear", 0),  # over warps and registers
+        (APART, 1, "#ttg.slice<{dim = 1, parent = #linear}>", 1),
+        (APART, 1, "#ttg.slice<{dim = 2, parent = #linear}>", 0),
+        (APART, 1, "#blocked", 0),
+    ],
+)
+def test_reductions_over_threads_that_lie_apart_are_found(lanes, axis, layout, torn):
+    code = REDUCTION.replace("LANES", lanes).replace("AXIS", str(axis)).replace("LAYOUT", layout)
+    assert torn_reductions(code) == torn
+    assert torn_reductions(code + code) == 2 * torn
 
 
 def test_the_sample_names_every_kernel_of_the_package():

@@ -301,6 +301,24 @@ def test_every_dtype_is_sampled(dtype, approximate, device):
         assert_right(result, arguments, config, approximate=approximate)
 
 
+@pytest.mark.usefixtures("bf16")
+@pytest.mark.parametrize("approximate", [False, True])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("H_I", "d_I"), [(4, 65), (4, 128), (2, 256), (1, 512)])
+def test_wide_indexers(H_I, d_I, dtype, approximate, device):
+    """With the tiles of a device: those of float32 differ above 64 channels. Ten of the rows see a NaN: are redone."""
+    arguments = inputs("random", device, H_I=H_I, d_I=d_I, n=34, n_keys=70)
+    arguments["k_idx"][:, 60] = torch.nan
+    for name in ("q_idx", "k_idx", "head_logits"):
+        arguments[name] = arguments[name].to(getattr(torch, dtype))
+    config = configuration(arguments)
+    result = run(arguments, config, approximate=approximate)
+    assert result.redone == list(range(24, 34))
+    mode = package.SIGMOID_MODES[approximate]
+    for verdict in indexed_selection_verdicts(arguments, config, 0.0, result.selection, result.variance, 0, mode):
+        assert verdict, verdict
+
+
 @pytest.mark.parametrize(("block_s", "span"), [(16, 64), (64, 128)])
 def test_tiles_of_half_and_of_two_words_of_bits(block_s, span, device):
     """The ranks inside a tile come from the bits of one word, or of two."""

@@ -12,7 +12,7 @@ import pytest
 import gsa_fast
 from gsa_fast.__main__ import main
 from gsa_fast.verification import checks, run
-from gsa_ref.cases import CASES, GateCase
+from gsa_ref.cases import CASES, SELECTED_VALUES, GateCase
 
 ROOT = Path(__file__).parents[2]
 CASE = GateCase(B=1, L=3, heads=2, width=4, dtype="float32", values="normal", layout="margins", seed=5)
@@ -48,11 +48,11 @@ def test_a_green_run_prints_one_row_per_stem_and_dtype_and_exits_0(capsys, tmp_p
     assert all(row["worst_error"] <= row["budget"] for row in record["rows"])
 
 
-def test_cases_do_not_depend_on_how_many_processes_share_them(monkeypatch):
+def test_cases_do_not_depend_on_how_many_processes_share_them(monkeypatch, device):
     monkeypatch.setattr(run, "SHARD_CASES", 4)
     examples = {"gates": 10, "budget": 3}
     alone, shared = (
-        run.verify(("gates", "budget"), ("float32", "float16"), "cpu", examples, seed=1, jobs=jobs) for jobs in (1, 2)
+        run.verify(("gates", "budget"), ("float32", "float16"), device, examples, seed=1, jobs=jobs) for jobs in (1, 2)
     )
     assert [(row.stem, row.dtype, row.cases) for row in alone] == [
         ("gates", "float32", 10), ("gates", "float16", 10), ("budget", "float32", 3),
@@ -116,6 +116,16 @@ def test_the_same_seed_draws_the_same_cases(device):
     first, again, other = (run.verify_row("gates", "float32", device, 10, seed) for seed in (1, 1, 2))
     assert (first.worst_error, first.budget) == (again.worst_error, again.budget)
     assert (first.worst_error, first.budget) != (other.worst_error, other.budget)
+
+
+def test_the_cases_of_a_row_resemble_one_another_little(monkeypatch):
+    """A repeated seed is a case that Hypothesis made from an earlier one."""
+    seen = []
+    monkeypatch.setattr(run, "check_case", lambda case, device, row: seen.append(case))
+    run.verify(("indexed_selection",), ("float32",), "cpu", {"indexed_selection": 100}, seed=0)
+    assert len(seen) == 100
+    assert len({case.seed for case in seen}) >= 60
+    assert {case.values for case in seen} == set(SELECTED_VALUES)
 
 
 def test_every_stem_has_a_check_a_case_and_a_number_of_examples():

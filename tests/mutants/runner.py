@@ -106,9 +106,10 @@ def check_copy(task: Task, folder: Path) -> Outcome:
                 return Outcome("FAIL", f"{type(error).__name__}: {error}".splitlines()[0], text)
         for stem in task.stems:
             examples = max(LEAST_CASES, run.INTERPRETER_EXAMPLES[stem] // task.share)
-            row = run.verify_row(stem, "float32", "cpu", examples, seed=0)
-            if row.failed:
-                return Outcome(row.verdict, row.detail.splitlines()[0], row.smallest_failure)
+            for shard in run.shards_of((stem,), ("float32",), "cpu", {stem: examples}, seed=0):
+                row = run.verify_row(stem, "float32", "cpu", shard.examples, shard.seed)
+                if row.failed:
+                    return Outcome(row.verdict, row.detail.splitlines()[0], row.smallest_failure)
     return Outcome("pass")
 
 

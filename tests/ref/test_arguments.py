@@ -6,6 +6,7 @@ The table is the contract of every package with these functions: `gsa_fast` join
 import importlib
 import math
 import re
+import sys
 from dataclasses import dataclass
 from types import ModuleType
 from typing import Any
@@ -115,7 +116,8 @@ class Bad:
     got: str
 
     def __str__(self) -> str:
-        return f"{self.function}-{self.argument}-{re.sub('[^a-z0-9]+', '_', self.got.lower()).strip('_')}"
+        got = re.sub(r"\d{20,}", "huge", self.got.lower())
+        return f"{self.function}-{self.argument}-{re.sub('[^a-z0-9]+', '_', got).strip('_')}"
 
 
 def wrong(function: str, name: str, value: Any, exception: type[Exception], expected: str, got: str) -> Bad:
@@ -406,6 +408,7 @@ REFERENCE_TABLE = [
     wrong("dense_attention", "v", zeros(2, 5, 2, 4).half(), TypeError, "dtype torch.float32 as q", "torch.float16"),
     not_a_tensor("dense_attention", "lengths", [5, 5]),
     wrong("dense_attention", "lengths", ints(3), ValueError, "shape [B=2]", "[3]"),
+    wrong("dense_attention", "lengths", ints(2, device="meta"), ValueError, "device cpu as q", "meta"),
     *heads_table("captured_mass", "q"),
     *scale_table("captured_mass"),
     *selection_table("captured_mass", "q", "a Selection"),
@@ -627,48 +630,92 @@ CHECKS = {
     "apply_gate": arguments.check_gate_arguments,
     "sparse_attention": arguments.check_attention_arguments,
     "indexer_kl_loss": arguments.check_kl_arguments,
+    "dense_attention": arguments.check_dense_attention_arguments,
+    "decode_attention": arguments.check_decode_arguments,
 }
-
-
-@pytest.mark.parametrize("function", CHECKS)
-def test_checks_read_metadata_only(function):
-    """Tensors without data pass the checks: nothing there can wait for a device."""
-    values = dict(VALID[function])
-    if "selection" in values:
-        values["indices"], values["counts"] = values.pop("selection")
-    CHECKS[function](**{n: x.to("meta") if isinstance(x, torch.Tensor) else x for n, x in values.items()})
-
-
 DECODE = {
     **INDEXER,
     **{name: VALID["sparse_attention"][name] for name in ("q", "k", "v", "scale", "output_gate_logits")},
     "start": 2,
     "lengths": None,
 }
+# Whatever may be a tensor, as one.
+TENSORS = {
+    "start": ints(2),
+    "lengths": ints(2),
+    "mean_variance": zeros(),
+    "value_gate_logits": zeros(2, 5, 2, 4),
+    "output_gate_logits": zeros(2, 3, 4, 4),
+}
 
 
-def test_the_check_of_a_decode_step_reads_metadata_only():
-    values = {**DECODE, "lengths": ints(2), "scale": 0.5, "output_gate_logits": zeros(2, 3, 4, 4)}
-    arguments.check_decode_arguments(
-        **{n: x.to("meta") if isinstance(x, torch.Tensor) else x for n, x in values.items()}
-    )
+def checked(function: str) -> dict[str, Any]:
+    """A valid call of the function's check, with as many tensors as it takes."""
+    values = {**VALID, **ONLY_REFERENCE, "decode_attention": DECODE}[function]
+    values = {**values, **{name: x for name, x in TENSORS.items() if name in values}}
+    if "selection" in values:
+        values["indices"], values["counts"] = values.pop("selection")
+    return values
+
+
+@pytest.mark.parametrize("function", CHECKS)
+def test_checks_read_metadata_only(function):
+    """Tensors without data pass the checks: nothing there can wait for a device."""
+    CHECKS[function](**{n: x.to("meta") if isinstance(x, torch.Tensor) else x for n, x in checked(function).items()})
+
+
+@pytest.mark.parametrize("function", CHECKS)
+def test_a_tensor_on_another_device_than_the_others_is_refused(function):
+    values = checked(function)
+    moved = [name for name, x in values.items() if isinstance(x, torch.Tensor)]
+    CHECKS[function](**values)
+    for name in moved if len(moved) > 1 else ():
+        with pytest.raises(ValueError, match=r"^\w+: expected device (cpu|meta) as \w+, got (meta|cpu)$"):
+            CHECKS[function](**{**values, name: values[name].to("meta")})
+
+
+ONE = {"q_idx": zeros(1, 1, 1, 1), "k_idx": zeros(1, 1, 1), "head_logits": zeros(1, 1, 1), "bias": zeros(1)}
+ONE_HEAD = {name: zeros(1, 1, 1, 1) for name in ("q", "k", "v")}
+ONE_SLOT = {"indices": ints(1, 1, 1), "counts": ints(1, 1)}
+MOST = 2**24
 
 
 @pytest.mark.parametrize(
-    ("name", "value", "exception"),
+    ("function", "values"),
     [
-        ("q_idx", zeros(2, 4, 2, 4), ValueError),
-        ("start", -1, ValueError),
-        ("lengths", ints(3), ValueError),
-        ("q", zeros(2, 4, 4, 4), ValueError),
-        ("k", zeros(2, 6, 2, 4), ValueError),
-        ("v", zeros(2, 5, 2, 4, dtype=torch.float16), TypeError),
-        ("scale", math.nan, ValueError),
-        ("output_gate_logits", zeros(2, 3, 4, 5), ValueError),
-        ("output_gate_logits", zeros(2, 3, 4, 4, device="meta"), ValueError),
+        ("indexer_scores", {**ONE, "scale": sys.float_info.max, "start": 2**31 - 2, "lengths": ints(1)}),
+        ("token_budget", {"variance": zeros(1, 1), "mean_variance": 0.0, "n_valid": ints(1, 1)}),
+        ("select_tokens", {"scores": zeros(1, 1, 1), "budget": ints(1, 1), "width": MOST}),
+        (
+            "sparse_attention",
+            {**ONE_HEAD, **ONE_SLOT, "scale": -sys.float_info.max, "start": None, **dict.fromkeys(GATES)},
+        ),
+        ("dense_attention", {**ONE_HEAD, "start": 2**31 - 2, "lengths": None}),
     ],
 )
-def test_the_check_of_a_decode_step_holds_its_two_halves_against_one_another(name, value, exception):
+def test_sizes_and_numbers_at_their_limits_are_legal(function, values):
+    sizes = {"k_base": MOST, "k_min": MOST, "k_max": MOST, "rule": "fixed"} if function == "token_budget" else {}
+    CHECKS[function](**values, **sizes)
+
+
+@pytest.mark.parametrize(
+    ("changes", "exception", "named"),
+    [
+        ({"q_idx": zeros(2, 4, 2, 4)}, ValueError, "head_logits"),
+        ({"start": -1}, ValueError, "start"),
+        ({"lengths": ints(3)}, ValueError, "lengths"),
+        ({"q": zeros(2, 4, 4, 4)}, ValueError, "q"),
+        ({"q": zeros(3, 3, 4, 4), "k": zeros(3, 5, 2, 4), "v": zeros(3, 5, 2, 4)}, ValueError, "q"),
+        ({"k": zeros(2, 6, 2, 4), "v": zeros(2, 6, 2, 4)}, ValueError, "k"),
+        ({"v": zeros(2, 5, 2, 4, dtype=torch.float16)}, TypeError, "v"),
+        ({"scale": math.nan}, ValueError, "scale"),
+        ({"output_gate_logits": zeros(2, 3, 4, 5)}, ValueError, "output_gate_logits"),
+        ({"output_gate_logits": zeros(2, 4, 4, 4)}, ValueError, "output_gate_logits"),
+        ({"output_gate_logits": zeros(2, 3, 4, 4, device="meta")}, ValueError, "output_gate_logits"),
+        ({name: x.to("meta") for name, x in INDEXER.items()}, ValueError, "q"),
+    ],
+)
+def test_the_check_of_a_decode_step_holds_its_two_halves_against_one_another(changes, exception, named):
     arguments.check_decode_arguments(**DECODE)
-    with pytest.raises(exception, match="expected"):
-        arguments.check_decode_arguments(**{**DECODE, name: value})
+    with pytest.raises(exception, match=f"^{named}: expected"):
+        arguments.check_decode_arguments(**{**DECODE, **changes})

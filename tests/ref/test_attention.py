@@ -428,6 +428,14 @@ def test_ten_thousand_sequences_in_a_batch():
 # --- dense_attention ----------------------------------------------------------------------------------------------
 
 
+def test_a_row_that_sees_nothing_is_zero_whatever_the_values_hold():
+    """Beside a sequence whose rows do see something."""
+    q, k, v = torch.ones(2, 3, 2, 4), torch.ones(2, 3, 2, 4), torch.ones(2, 3, 2, 4)
+    v[0] = math.nan
+    out = dense_attention(q, k, v, lengths=int32([0, 3]))
+    assert torch.equal(out, torch.tensor([0.0, 1.0])[:, None, None, None].expand_as(out))
+
+
 @given(PLAIN64, st.data())
 def test_dense_attention_equals_the_equations(case, data):
     """With a start and a length per sequence; a row past its length gives 0."""

@@ -44,6 +44,18 @@ def inside_interval(variance: torch.Tensor, gold: np.ndarray, scores: torch.Tens
     return bool(((low <= oracle.array(variance)) & (oracle.array(variance) <= high)).all())
 
 
+@pytest.mark.parametrize(("rule", "expected"), [("proportional", 12), ("inverse", 3), ("fixed", 6)])
+def test_twice_the_mean_variance_by_numbers(rule, expected):
+    variance, n = torch.tensor([[0.5]]), torch.tensor([[50]], dtype=torch.int32)
+    assert token_budget(variance, 0.25, n, k_base=6, k_min=1, k_max=40, rule=rule).item() == expected
+
+
+def test_a_float_as_the_mean_keeps_the_precision_of_the_variance():
+    """0.1 rounded to float32 is larger: the ratio would lie below 1, and the budget below k_base."""
+    variance, n = torch.tensor([[0.1]], dtype=torch.float64), torch.tensor([[50]], dtype=torch.int32)
+    assert token_budget(variance, 0.1, n, k_base=6, k_min=1, k_max=40, rule="proportional").item() == 6
+
+
 @given(CASES)
 def test_float64_variance_equals_the_equations(case):
     scores = case.scores().double()

@@ -146,6 +146,42 @@ def test_append_writes_behind_each_end_and_keeps_padding_out():
     assert not cache.k_idx[1, 3:].any()
 
 
+@pytest.mark.parametrize("variant", ["gated", "gsa"])
+def test_writing_and_forgetting_never_ask_the_device(variant):
+    """On the meta device, which has no values: room is known from the bound alone until that is used up."""
+    config = SMALL.variant(variant)
+    cache = GSACache.allocate(config, 2, 6, device="meta")
+    new = {"device": "meta"}
+    k_idx = torch.zeros(2, 3, config.d_I, **new) if config.sparse else None
+    for _ in range(2):  # the second fills the cache to its last slot
+        k = torch.zeros(2, 3, config.H_kv, config.d_h, **new)
+        cache.check(config, 2, 3, k)
+        cache.append(k, k, k_idx, torch.ones(2, dtype=torch.int32, **new))
+    assert cache.longest == 6
+    cache.truncate(4)
+    assert cache.longest == 4
+
+
+def test_an_empty_batch_can_be_truncated():
+    cache = new_cache(SMALL, 0, 6)
+    cache.truncate(torch.zeros(0, dtype=torch.int32))
+    assert cache.longest == 0
+
+
+def test_growing_to_the_present_capacity_copies_nothing_and_past_int32_is_refused():
+    cache = new_cache(SMALL, 0, 6)
+    buffer = cache.k
+    cache.grow(6)
+    assert cache.k is buffer
+    with pytest.raises(ValueError, match="capacity: expected an int ≤ 2147483647, got 2147483648"):
+        cache.grow(2**31)
+
+
+def test_a_cache_of_another_indexer_width_is_refused_with_both_widths():
+    with pytest.raises(ValueError, match=f"width d_I = {SMALL.d_I}, got {SMALL.d_I + 1}$"):
+        new_cache(dataclasses.replace(SMALL, d_I=SMALL.d_I + 1), 2, 6).check(SMALL, 2, 1, hidden(2, 1, 4))
+
+
 @pytest.mark.pitfall("length-zero")
 @pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize(("B", "L"), [(0, 3), (2, 0)])

@@ -124,6 +124,7 @@ def test_a_wrong_field_is_named_with_what_came_and_what_was_expected(name, value
 def test_an_odd_indexer_width_is_refused_with_rope_only():
     with pytest.raises(ValueError, match=r"^d_I: expected an even number with indexer_rope=True, got 3$"):
         GSAConfig(d_I=3, indexer_rope=True)
+    assert GSAConfig(d_I=6, indexer_rope=True).indexer_rope
 
 
 @pytest.mark.bad_input

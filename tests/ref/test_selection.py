@@ -14,6 +14,7 @@ from gsa_ref import Selection, equations, indexed_selection, select_tokens
 from gsa_ref.cases import IndexedSelectionCase, Limits, SelectionCase, draw_scores, indexed_selection_cases
 from gsa_ref.cases import selection_cases as cases
 from gsa_ref.check import budget_interval, topk_certificate
+from gsa_ref.selection import largest_budget
 from tests.ref import oracle
 from tests.strategies import ROWS_WITH_BUDGETS, SEEDS
 
@@ -279,6 +280,13 @@ def test_inputs_are_left_as_they_were(case):
     assert torch.equal(budget, copies[1])
 
 
+def test_the_default_width_is_between_one_and_the_most_tokens():
+    scores = torch.zeros(1, 2, 3)
+    assert select_tokens(scores, int32([[0, 1]])).indices.shape == (1, 2, 1)
+    assert select_tokens(scores[:, :0], torch.zeros(1, 0, dtype=torch.int32)).indices.shape == (1, 0, 1)
+    assert largest_budget(int32([[1, 2**24]])) == 2**24
+
+
 def test_budgets_below_one_select_nothing():
     selection = select_tokens(torch.ones(1, 3, 4), int32([[0, -1, -(2**31)]]))
     assert selection.counts.tolist() == [[0, 0, 0]]
@@ -318,10 +326,11 @@ def test_ten_thousand_sequences_in_a_batch():
     ],
 )
 def test_validate_names_the_violated_rule_and_the_row(row, count, message):
-    indices, counts = int32([[[0, 1, 4], [0, 1, 4]], [[0, 1, 4], row]]), int32([[3, 3], [3, count]])
-    with pytest.raises(ValueError, match=message) as error:
+    good = [0, 1, 4]
+    indices, counts = int32([[good, good, good], [good, good, row]]), int32([[3, 3, 3], [3, 3, count]])
+    with pytest.raises(ValueError, match=f"^{message}") as error:
         Selection(indices, counts).validate(n_keys=5)
-    assert f"got count {count} and {row} in row [1, 1]" in str(error.value)
+    assert f"got count {count} and {row} in row [1, 2]" in str(error.value)
 
 
 def test_validate_accepts_what_keeps_the_rules():

@@ -3,9 +3,15 @@
 A module for each stem, with its functions by the name of the puzzle.
 """
 
+import os
 from collections.abc import Callable
 from importlib import import_module
 from typing import Any
+
+import torch
+
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # before Triton is imported, as in tests/fast/conftest.py
 
 Wrong = dict[str, list[Callable[..., Any]]]
 
