@@ -7,7 +7,6 @@ off with the machine that it ran on, goes on where it stopped. Processes are spr
 
 import argparse
 import json
-import math
 import multiprocessing
 import os
 import shutil
@@ -214,21 +213,3 @@ def spikes(losses: Sequence[float]) -> list[int]:
             found.append(i)
         high_before = high
     return found
-
-
-def poisson_interval(count: int, level: float = 0.95) -> tuple[float, float]:
-    """The exact (Garwood) interval of a Poisson mean of which `count` was seen."""
-    tail = (1 - level) / 2
-
-    def below(mean: float, n: int) -> float:  # P(N ≤ n)
-        return math.exp(-mean) * sum(mean**k / math.factorial(k) for k in range(n + 1))
-
-    def solve(fits: Callable[[float], bool]) -> float:
-        low, high = 0.0, count + 20 + 10 * math.sqrt(count + 1)
-        for _ in range(100):
-            middle = (low + high) / 2
-            low, high = (middle, high) if fits(middle) else (low, middle)
-        return (low + high) / 2
-
-    lower = solve(lambda mean: 1 - below(mean, count - 1) < tail) if count else 0.0
-    return lower, solve(lambda mean: below(mean, count) > tail)

@@ -26,12 +26,6 @@ def test_a_leap_of_the_loss_is_one_spike_and_a_falling_or_noisy_loss_has_none():
     assert runner.spikes(losses) == [100, 300]
 
 
-@pytest.mark.parametrize(("count", "low", "high"), [(0, 0, 3.689), (1, 0.0253, 5.572), (10, 4.795, 18.39)])
-def test_poisson_interval_is_that_of_the_tables(count: int, low: float, high: float):
-    # Garwood (1936); the printed digits
-    assert runner.poisson_interval(count) == pytest.approx((low, high), rel=1e-3, abs=1e-9)
-
-
 def record(variant: str, lr: float, loss: float, diverged: bool = False) -> dict[str, Any]:
     return {"settings": {"variant": variant, "lr": lr}, "validation_loss": loss, "diverged": diverged}
 

@@ -24,6 +24,7 @@ from puzzles import DIRECTIVES as PUZZLES
 from records import DIRECTIVES as RECORDS
 from speed import DIRECTIVES as SPEED
 from speed import table
+from studies import DIRECTIVES as STUDIES
 from teaching import DIRECTIVES as TEACHING
 
 log = logging.getLogger("mkdocs.hooks.thread")
@@ -419,6 +420,7 @@ DIRECTIVES: dict[str, Callable[..., str]] = {
     "claims_list": lambda root: expand(root, claims_list(root), "claims.md"),
     **RECORDS,
     **SPEED,
+    **STUDIES,
     **LEARNING,
     **PUZZLES,
     **TEACHING,
