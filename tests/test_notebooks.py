@@ -58,6 +58,7 @@ def test_there_are_notebooks():
         "07_complexity",
         "09_from_equation_to_kernel",
         "10_verify_a_kernel",
+        "11_long_context",
     ]
     assert [path.stem for path in NOTEBOOKS] == expected
 
