@@ -272,6 +272,9 @@ def test_long_range_and_indexers_are_shown_once_there_are_records(root: Path):
     assert rows(studies.studies_indexers(root)) == [
         "| gated sigmoid | 0.3 | 0.001 | 0.500 | 75.0% (50.0%, 100.0%) | 90.0% (85.0%, 95.0%) | 1.23 | 5.68 |"
     ]
+    assert studies.studies_recall(root, "gated_sigmoid") == "75.0% (50.0%, 100.0%)"
+    with pytest.raises(LookupError):
+        studies.studies_recall(root, "relu")
 
 
 def test_the_setup_names_every_file_that_is_there_and_that_is_not(root: Path):
@@ -316,6 +319,11 @@ def test_the_words_of_the_experiments_page_and_of_the_claims_fit_the_records():
     assert low < 0 < high  # sparse attention costs no loss that these seeds show
     for variant, other in (("gated", "dense"), ("gsa", "dense"), ("gsa", "sparse")):
         assert np.mean(main.differences(variant, other)) > 0  # gates do not lower the loss
+    forms = {r["form"]: r for r in studies.load(ROOT, studies.INDEXERS)}
+    low, high = sorted(forms["relu"]["recall_by_seed"])
+    for form in forms.values():  # no difference that is larger than that between two seeds of ReLU
+        assert abs(form["recall"] - forms["relu"]["recall"]) < high - low
+        assert np.ptp(form["recall_by_seed"]) <= high - low  # ReLU was the one whose seeds differ
     best = {v: min(studies.loss(r) for r in runs.values() if not r["diverged"]) for v, runs in main.sweep.items()}
     assert best["gated"] < best["dense"]  # but in the sweep
     for variant, other in (("gated", "dense"), ("gsa", "sparse")):

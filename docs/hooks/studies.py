@@ -737,6 +737,17 @@ def studies_indexers(root: Path) -> str:
     return table(header, rows)
 
 
+@needs(INDEXERS)
+def studies_recall(root: Path, form: str = "gated_sigmoid") -> str:
+    """`{{ studies_recall relu }}`: the recall of one form, and that of each seed.
+
+    Raises:
+        LookupError: the record has no such form.
+    """
+    found = {r["form"]: r for r in load(root, INDEXERS)}[form]
+    return f"{percent_1(found['recall'])} ({', '.join(map(percent_1, found['recall_by_seed']))})"
+
+
 # ---- pictures --------------------------------------------------------------------------------------------------------
 
 PICTURES = {
@@ -767,6 +778,6 @@ DIRECTIVES = {
         studies_gates, studies_gate, studies_rules, studies_equal_k, studies_steps, studies_longer,
         studies_longer_steps, studies_captured, studies_shared, studies_overlap, studies_union, studies_unions,
         studies_budgets, studies_ages,
-        studies_long_range, studies_indexers, studies_picture,
+        studies_long_range, studies_indexers, studies_recall, studies_picture,
     )
 }  # fmt: skip
