@@ -229,6 +229,13 @@ def test_tagged_objects_exist(entry: thread.Entry):
             value = getattr(value, part)
 
 
+def test_every_entry_has_a_notebook():
+    found = {e.tag: thread.thread(ROOT, e).notebook for e in thread.entries(ROOT)}
+    assert None not in found.values()
+    assert found["Eq. 15"] == "notebooks/08_convergence.ipynb"  # the stem `training` has none of its own
+    assert found["Eq. 8"] == "notebooks/02_budget.ipynb"
+
+
 def test_index_page_has_a_section_for_every_entry(site: Path, pages: dict[Path, Page]):
     text = (site / "equations/index.html").read_text(encoding="utf-8")
     for entry in thread.entries(ROOT):

@@ -56,6 +56,7 @@ def test_there_are_notebooks():
         "05_gates",
         "06_layer",
         "07_complexity",
+        "08_convergence",
         "09_from_equation_to_kernel",
         "10_verify_a_kernel",
         "11_long_context",

@@ -42,6 +42,7 @@ class Entry:
     stem: str
     title: str
     optional: bool = False  # the row appears once gsa_ref has the stem
+    notebook: str = ""  # the stem of its notebook, where that is another one
 
     @property
     def pattern(self) -> re.Pattern[str]:
@@ -56,7 +57,7 @@ ENTRIES = (
     Entry("Sparse SDPA", "attention", "attention over the selected tokens"),
     Entry("Eq. 9", "gates", "value gate G2"),
     Entry("Eq. 10", "gates", "output gate G1"),
-    Entry("Eq. 15", "training", "loss of the indexer in the sparse phase", optional=True),
+    Entry("Eq. 15", "training", "loss of the indexer in the sparse phase", optional=True, notebook="convergence"),
 )
 NUMBERED = re.compile(r"\bEq\. (\d+)")
 # What a page calls an entry whose tag is not a number.
@@ -220,7 +221,7 @@ def thread(root: Path, entry: Entry) -> Thread:
         pytorch,
         kernel,
         tests=tests_of(root, entry.stem),
-        notebook=notebook_of(root, entry.stem),
+        notebook=notebook_of(root, entry.notebook or entry.stem),
         page=page_of(root, entry.stem),
         also=[o for o in tagged if o not in listed and o.is_public],
     )
