@@ -74,7 +74,10 @@ READ_LAYOUT = """async () => {
     .filter(e => e.getBoundingClientRect().right > document.documentElement.clientWidth + 1)
     .filter(e => !e.closest(".md-typeset__scrollwrap, pre"))
     .slice(0, 5).map(e => e.tagName + "." + e.className);
-  return { scheme: document.body.dataset.mdColorScheme, wide, out };
+  // Slides have no such attribute, but a background.
+  const colour = getComputedStyle(document.documentElement).backgroundColor.match(/\\d+/g).map(Number);
+  const seen = colour[0] + colour[1] + colour[2] < 384 ? "slate" : "default";
+  return { scheme: document.body.dataset.mdColorScheme ?? seen, wide, out };
 }"""
 
 
