@@ -1,8 +1,11 @@
 """What a model does, measured on fixed windows of text in eval mode: the attention it computes and what it selects."""
 
+from collections.abc import Callable, Iterable
+from typing import Any
+
 import torch
 from jaxtyping import Bool, Float, Int64
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from gsa_ref import (
@@ -66,35 +69,27 @@ def measure_layers(model: LanguageModel, windows: Int64[Tensor, "B L+1"]) -> lis
 @torch.no_grad()
 def largest_activations(model: LanguageModel, windows: Int64[Tensor, "B L+1"]) -> list[float]:
     """The largest |x| in the residual stream: before each block, and behind the last one. In eval mode."""
-    found: list[float] = []
+    return seen(model, windows, [*model.blocks, model.norm], lambda x: float(x.abs().max()))
 
-    def note(x: Tensor) -> None:
-        found.append(float(x.detach().abs().max()))
 
-    hooks = [block.register_forward_pre_hook(lambda _, args: note(args[0])) for block in model.blocks]
-    hooks.append(model.norm.register_forward_pre_hook(lambda _, args: note(args[0])))
+@torch.no_grad()
+def attention_inputs(model: LanguageModel, windows: Int64[Tensor, "B L+1"]) -> list[Float[Tensor, "B L d"]]:
+    """The hidden states that the attention of each layer sees, in eval mode."""
+    return seen(model, windows, [block.attention for block in model.blocks], lambda x: x)  # type: ignore[misc]
+
+
+def seen(
+    model: LanguageModel, windows: Int64[Tensor, "B L+1"], modules: Iterable[nn.Module], see: Callable[[Tensor], Any]
+) -> list[Any]:
+    """What `see` makes of the input of each module, in eval mode."""
+    found: list[Any] = []
+    hooks = [m.register_forward_pre_hook(lambda _, args: found.append(see(args[0]))) for m in modules]
     model.eval()
     model(windows[:, :-1])
     model.train()
     for hook in hooks:
         hook.remove()
     return found
-
-
-@torch.no_grad()
-def attention_inputs(model: LanguageModel, windows: Int64[Tensor, "B L+1"]) -> list[Float[Tensor, "B L d"]]:
-    """The hidden states that the attention of each layer sees, in eval mode."""
-    inputs: list[Tensor] = []
-    hooks = [
-        block.attention.register_forward_pre_hook(lambda _, args: inputs.append(args[0]))  # type: ignore[union-attr]
-        for block in model.blocks
-    ]
-    model.eval()
-    model(windows[:, :-1])
-    model.train()
-    for hook in hooks:
-        hook.remove()
-    return inputs
 
 
 def measure_layer(layer: GatedSparseAttention, h: Float[Tensor, "B L d"]) -> dict[str, float]:

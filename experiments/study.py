@@ -8,13 +8,13 @@ A run whose folder holds it already is not trained again. Delete the folder to d
 
 import argparse
 import json
-import os
 import shlex
 import sys
 from pathlib import Path
 from typing import Any
 
 from experiments import checkpoint, train
+from experiments.runner import write
 from experiments.settings import Settings, add_options
 
 ROOT = Path(__file__).parents[1]
@@ -112,13 +112,6 @@ def record(folder: Path, name: str, command: str, *, every: bool) -> dict[str, A
         losses = ("step", "loss", "indexer_kl", "validation_loss")
         lines = [{key: line[key] for key in losses if key in line} for line in lines]
     return {"suite": "training", "name": name, "command": shown, "settings": kept, **facts, "log": lines}
-
-
-def write(path: Path, records: list[dict[str, Any]]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(json.dumps(records, indent=1, ensure_ascii=False, allow_nan=False) + "\n", encoding="utf-8")
-    os.replace(partial, path)
 
 
 if __name__ == "__main__":
