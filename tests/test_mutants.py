@@ -98,6 +98,7 @@ def test_the_records_hold_faults_of_the_code_as_it_stands(keys):
     recorded += [tuple(fault[field] for field in fields) for fault in read("generated.json")]
     assert len(recorded) == len(set(recorded))
     assert set(recorded) <= set(keys)
+    assert {key for key in recorded if len(key) != len(fields)} == {key for key in keys if len(key) != len(fields)}
 
 
 def test_a_fault_survives_if_and_only_if_its_survival_is_explained():

@@ -120,7 +120,9 @@ def small_tiles(width: int = 16) -> Iterator[None]:
             # The other way round than on a device: so tests of either dtype meet both orders. A device takes one only.
             *([(streamed, "keys_in_order", lambda dtype: dtype != torch.float32)] if INTERPRETED else []),
             (gather, "block_k", lambda block_d, dtype: width),
-            (bits, "CHUNK_BYTES", 100 * width),  # one tile or several in a chunk, one chunk or several
+            (bits, "CHUNK_BYTES", 100 * width),  # of unions: one tile or several in a chunk, one chunk or several
+            # The masked tiles' chunks take less memory: all rows would fit one.
+            (masked, "rows_per_chunk", lambda B, L, queries, n_bytes: queries * min(2, -(-L // queries))),
             (decode, "MAX_GROUPS", width),
             (decode, "LARGEST_GROUPS", width),
             (decode, "segment_of", lambda K, shards: 8),

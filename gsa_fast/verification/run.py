@@ -30,6 +30,7 @@ STEMS = tuple(CHECKS)
 INTERPRETER_LIMITS = Limits()
 INTERPRETER_LIMITS_OF = {
     "attention": Limits(S=150),  # several blocks of 64 keys
+    "attention_backward": Limits(S=100),  # several blocks of 32 keys
     "indexed_selection": Limits(S=240),  # with `small_tiles`, most rows are then sampled
     "decode": Limits(L=3, S=60, group=3),
     "training": Limits(L=20, S=60, group=3, width=60),
