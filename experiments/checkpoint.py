@@ -92,6 +92,15 @@ def write_run(folder: Path, settings: Settings, facts: dict[str, Any]) -> None:
     (folder / RUN).write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
+def read_log(folder: Path) -> list[dict[str, Any]]:
+    """The lines of the log of a run.
+
+    Raises:
+        OSError: there is no such run.
+    """
+    return [json.loads(line) for line in (folder / LOG).read_text(encoding="utf-8").splitlines()]
+
+
 def read_run(folder: Path) -> tuple[Settings, dict[str, Any]]:
     """The settings of a run, and the other facts of `run.json`.
 

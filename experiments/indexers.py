@@ -31,14 +31,14 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from experiments import checkpoint, study, text, train
+from experiments import checkpoint, runner, study, text, train
 from experiments.measure import attention, members
 from experiments.settings import Settings
 from gsa_ref import GSAConfig, LanguageModel, apply_rope, indexer_scores, select_tokens
 from gsa_ref.indexer import LightningIndexer
 from gsa_ref.model import INIT_STD
 
-RESULTS = study.ROOT / "experiments/results/indexers.json"
+RESULTS = runner.RESULTS / "indexers.json"
 # Scores of sigmoids lie in (0, H_I): they need a small τ to be able to say much. Those of ReLU have no bound.
 TAU = {"relu": (0.1, 1.0, 3.0), "sigmoid": (0.1, 0.3, 1.0), "gated_sigmoid": (0.1, 0.3, 1.0)}
 RATES = (1e-3, 3e-3)
@@ -100,7 +100,7 @@ def main(argv: list[str] | None = None) -> int:
                     train.train(study.parse(f"{SMOKE} --device {o.device}", o.run), o.run)
             if o.run is None:
                 parser.error("run: expected a folder (or --smoke), got none")
-            study.write(o.json, compare(o.run, plan))
+            runner.write(o.json, compare(o.run, plan))
     except (TypeError, ValueError, OSError, SafetensorError) as error:
         parser.error(str(error))
     return 0

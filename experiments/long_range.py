@@ -8,7 +8,6 @@ A run that the record holds already is not trained again, so a command that was 
 """
 
 import argparse
-import json
 import math
 import platform
 import sys
@@ -22,14 +21,14 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from tqdm import tqdm
 
-from experiments import study, text, train
+from experiments import runner, text, train
 from experiments.measure import members
 from experiments.settings import DTYPES, IMPLS, Settings
 from experiments.tasks import TASKS, Sequences, Task, generate
 from gsa_ref import LanguageModel, indexed_selection
 from gsa_ref.config import VARIANTS
 
-RESULTS = study.ROOT / "experiments/results/long_range.json"
+RESULTS = runner.RESULTS / "long_range.json"
 SHORT = ((0.3, 8), (0.45, 4), (0.6, 2))  # until which share of the steps context is divided by what
 DENSE = 0.7  # share of the steps in which variants with an indexer attend densely
 FACTORS = (1, 2, 4, 8)  # test lengths, over the training length
@@ -67,7 +66,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--smoke", action="store_true", help="a model and tests of a few seconds, to see that it runs")
     o = parser.parse_args(argv)
     if o.merge:
-        study.write(o.json, merge([o.json, *o.merge]))
+        runner.write(o.json, merge([o.json, *o.merge]))
         return 0
     sizes = SIZES | (SMOKE if o.smoke else {}) | {"device": o.device, "impl": o.impl, "dtype": o.dtype}
     sizes |= {name: value for name in ("steps", "lr") if (value := getattr(o, name)) is not None}
@@ -81,7 +80,7 @@ def main(argv: list[str] | None = None) -> int:
                     records = merge([o.json])
                     if not finished(records, task, settings):
                         found = run(task, settings, source, count)
-                        study.write(o.json, [*records, found])
+                        runner.write(o.json, [*records, found])
     except (TypeError, ValueError, OSError) as error:
         parser.error(str(error))
     except FloatingPointError as error:
@@ -97,7 +96,7 @@ def key(record: dict[str, Any]) -> tuple[str, str, int]:
 
 def merge(paths: list[Path]) -> list[dict[str, Any]]:
     """The records of all files that exist, ordered; of two for one task, variant and seed, the last one read."""
-    found = [record for path in paths if path.exists() for record in json.loads(path.read_text(encoding="utf-8"))]
+    found = [record for path in paths for record in runner.read(path)]
     unique = {key(record): record for record in found}
     return [unique[name] for name in sorted(unique)]
 

@@ -171,7 +171,7 @@ def run_one(
         model, reason = None, str(error)
     seconds = time.monotonic() - begun
     _, facts = checkpoint.read_run(folder)
-    lines = [json.loads(line) for line in (folder / checkpoint.LOG).read_text(encoding="utf-8").splitlines()]
+    lines = checkpoint.read_log(folder)
     losses = [line["loss"] for line in lines if "loss" in line]
     record: dict[str, Any] = {
         "settings": kept(settings), **facts,

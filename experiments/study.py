@@ -7,20 +7,15 @@ A run whose folder holds it already is not trained again. Delete the folder to d
 """
 
 import argparse
-import json
 import shlex
 import sys
 from pathlib import Path
 from typing import Any
 
-from experiments import checkpoint, train
-from experiments.runner import write
+from experiments import checkpoint, runner, train
 from experiments.settings import Settings, add_options
 
-ROOT = Path(__file__).parents[1]
-RESULTS = ROOT / "experiments/results/cpu.json"
-KERNEL_RESULTS = ROOT / "experiments/results/h200.json"
-RUNS = ROOT / "experiments/runs"
+RESULTS, KERNEL_RESULTS = runner.RESULTS / "cpu.json", runner.RESULTS / "h200.json"
 
 # A budget of exactly an eighth of the context, so that what a selection captures is comparable between runs.
 FIXED = "--rule fixed --k-base 32 --k-min 32 --k-max 32"
@@ -63,7 +58,7 @@ KERNELS = {
 def main(argv: list[str] | None = None) -> int:
     """Run the command line; returns the exit status."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--runs", type=Path, default=RUNS, help="folder of the runs")
+    parser.add_argument("--runs", type=Path, default=runner.RUNS, help="folder of the runs")
     parser.add_argument("--kernels", action="store_true", help="the runs on a GPU instead")
     parser.add_argument("--json", type=Path, help="file of the records")
     options = parser.parse_args(argv)
@@ -74,7 +69,7 @@ def main(argv: list[str] | None = None) -> int:
             print(f"{name}: {command}", file=sys.stderr)
             train.train(settings, folder, resume=(folder / checkpoint.TENSORS).exists())
     found = [record(options.runs / name, name, command, every=options.kernels) for name, command in study.items()]
-    write(options.json or (KERNEL_RESULTS if options.kernels else RESULTS), found)
+    runner.write(options.json or (KERNEL_RESULTS if options.kernels else RESULTS), found)
     return 0
 
 
@@ -95,11 +90,7 @@ def finished(folder: Path, settings: Settings) -> bool:
         return False
     if checkpoint.read_run(folder)[0] != settings:
         raise ValueError(f"{folder}: expected a run with the settings of the study, got other settings; delete it")
-    return any(line["step"] == settings.steps for line in log(folder))
-
-
-def log(folder: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (folder / checkpoint.LOG).read_text(encoding="utf-8").splitlines()]
+    return any(line["step"] == settings.steps for line in checkpoint.read_log(folder))
 
 
 def record(folder: Path, name: str, command: str, *, every: bool) -> dict[str, Any]:
@@ -107,7 +98,7 @@ def record(folder: Path, name: str, command: str, *, every: bool) -> dict[str, A
     settings, facts = checkpoint.read_run(folder)
     kept = {key: value for key, value in vars(settings).items() if key not in ("init", "text")}
     shown = f"python -m experiments.train --out experiments/runs/{name} {command.format(runs='experiments/runs')}"
-    lines = [line for line in log(folder) if every or "validation_loss" in line]
+    lines = [line for line in checkpoint.read_log(folder) if every or "validation_loss" in line]
     if every:
         losses = ("step", "loss", "indexer_kl", "validation_loss")
         lines = [{key: line[key] for key in losses if key in line} for line in lines]

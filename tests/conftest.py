@@ -1,8 +1,11 @@
 """Hypothesis profiles, chosen by HYPOTHESIS_PROFILE: `ci` (the default), `thorough`, `gpu` and `mutation`."""
 
 import os
+import subprocess
+import sys
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
@@ -24,6 +27,8 @@ settings.register_profile(
 )
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
 
+ROOT = Path(__file__).parents[1]
+
 torch.set_num_threads(1)  # the tensors are tiny, and the tests run in several processes
 
 
@@ -41,3 +46,19 @@ def pytest_pyfunc_call(pyfuncitem: pytest.Function) -> bool:
     arguments = {name: pyfuncitem.funcargs[name] for name in pyfuncitem._fixtureinfo.argnames}
     _roomy(partial(pyfuncitem.obj, **arguments))
     return True
+
+
+def build_site(root: Path, out: Path) -> subprocess.CompletedProcess[str]:
+    """Build the site of a checkout into `out`, strictly."""
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "-d", str(out)]
+    return subprocess.run(command, cwd=root, capture_output=True, text=True, check=False)
+
+
+@pytest.fixture(scope="session")
+def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The site as it is built from this checkout, once for all tests of a process. Nobody writes to it."""
+    out = tmp_path_factory.mktemp("site")
+    done = build_site(ROOT, out)
+    assert done.returncode == 0, done.stderr
+    assert "WARNING -" not in done.stderr
+    return out

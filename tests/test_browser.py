@@ -6,8 +6,6 @@ It needs the `browser` extra and `CHROMIUM`, the path of a Chromium; without the
 import functools
 import http.server
 import os
-import subprocess
-import sys
 import threading
 from collections.abc import Callable, Iterator
 from itertools import pairwise
@@ -114,15 +112,6 @@ class Visit(NamedTuple):
     page: dict[str, Any]
     layouts: dict[tuple[int, str], dict[str, Any]]
     violations: list[str]  # of axe-core's rules of serious or critical impact
-
-
-@pytest.fixture(scope="module")
-def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    out = tmp_path_factory.mktemp("site")
-    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "-d", str(out)]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    return out
 
 
 @pytest.fixture(scope="module")

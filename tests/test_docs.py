@@ -26,23 +26,10 @@ import register  # noqa: E402
 import speed  # noqa: E402
 import thread  # noqa: E402
 
+from tests.conftest import build_site  # noqa: E402
+
 FIGURE_SCRIPTS = sorted(p.name for p in (DOCS / "figures").glob("*.py") if p.name != "style.py")
 SOURCES = ("docs", "gsa_ref", "gsa_fast", "tests", "notebooks", "benchmarks/results", "experiments/results")
-
-
-def build(root: Path, out: Path) -> subprocess.CompletedProcess[str]:
-    """The command of `make docs`, into another folder."""
-    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "-d", str(out)]
-    return subprocess.run(command, cwd=root, capture_output=True, text=True, check=False)
-
-
-@pytest.fixture(scope="module")
-def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    out = tmp_path_factory.mktemp("site")
-    done = build(ROOT, out)
-    assert done.returncode == 0, done.stderr
-    assert "WARNING -" not in done.stderr
-    return out
 
 
 class Page(HTMLParser):
@@ -372,7 +359,7 @@ def test_broken_sources_fail_the_build(copy: Path, tmp_path_factory: pytest.Temp
     notebook = {"cells": [cell], "metadata": {}, "nbformat": 4, "nbformat_minor": 4}
     (copy / "notebooks").mkdir(exist_ok=True)
     (copy / "notebooks/99_lost.ipynb").write_text(json.dumps(notebook))
-    done = build(copy, tmp_path_factory.mktemp("broken"))
+    done = build_site(copy, tmp_path_factory.mktemp("broken"))
     assert done.returncode != 0
     reported = "\n".join(re.findall(r"^WARNING -.*$", done.stderr, re.MULTILINE))
     for name in ("trainings.md", "#tie'", "score_verdicts", "default dd", "Eq. 99", "nowhere.md", "property 33"):

@@ -5,7 +5,6 @@ import json
 import logging
 import re
 import shutil
-import subprocess
 import sys
 from itertools import pairwise
 from pathlib import Path
@@ -34,6 +33,8 @@ def copy(tmp_path: Path) -> Path:
         ignored = shutil.ignore_patterns("__pycache__", "mathjax", "*.svg")
         shutil.copytree(ROOT / name, tmp_path / name, ignore=ignored)
     shutil.copy(ROOT / "CITATION.cff", tmp_path)
+    (tmp_path / "gsa_ref/puzzles").mkdir(parents=True)
+    shutil.copy(ROOT / "gsa_ref/puzzles/_files.py", tmp_path / "gsa_ref/puzzles")
     return tmp_path
 
 
@@ -197,7 +198,8 @@ def test_puzzles_are_counted_where_they_exist(copy: Path):
     assert teaching.puzzle_list(copy) == "- *not yet*"
     (copy / "notebooks/puzzles").mkdir()
     text = "# Puzzles 01 · The indexer", "## One\n\n*Easy, 10 minutes.* Why", "## Two\n\n*Hard, 25 minutes.* How"
-    cells = [{"cell_type": "markdown", "source": source} for source in text]
+    check = {"cell_type": "code", "source": 'check("one", one)'}
+    cells = [cell for source in text for cell in ({"cell_type": "markdown", "source": source}, check)]
     (copy / "notebooks/puzzles/01_indexer.ipynb").write_text(json.dumps({"cells": cells}))
     link = "[Puzzles 01 · The indexer](../notebooks/puzzles/01_indexer.ipynb), 2 puzzles, 35 minutes"
     assert teaching.puzzle_list(copy) == f"- {link}"
@@ -344,15 +346,6 @@ def test_a_reference_that_leads_nowhere_is_reported(reference: str, tmp_path: Pa
         filled = slides.fill(made_up(tmp_path), "teach/slides/1-x.md", f"# D\n\n## S\n\n{line}\n")
     assert line in filled
     assert [record.message.split(": ")[:2] for record in caplog.records] == [["teach/slides/1-x.md", line]]
-
-
-@pytest.fixture(scope="module")
-def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    out = tmp_path_factory.mktemp("site")
-    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "-d", str(out)]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    return out
 
 
 def deck_page(site: Path, deck: str) -> str:

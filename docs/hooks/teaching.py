@@ -16,6 +16,7 @@ from typing import Any
 
 import yaml
 from excerpts import section, sections
+from puzzles import FOLDER, posed
 from register import PROPERTIES
 from speed import table
 
@@ -24,8 +25,6 @@ QUESTIONS = "docs/teach/questions.toml"
 UP = "../"  # from docs/teach/ to docs/
 NOTEBOOKS = "notebooks"
 MINUTES = re.compile(r"\*\*(\d+) minutes\.\*\*")
-PUZZLES = "notebooks/puzzles"
-POSED = re.compile(r"^## .+\n\n\*(?:Easy|Medium|Hard), (\d+) minutes\.\*", re.MULTILINE)
 PUZZLE = re.compile(r"^\*\*(.+?)\.\*\* \*(\w+), (\d+) minutes\.\*", re.MULTILINE)
 LEVELS = ("easy", "medium", "hard")
 SESSION = 90  # minutes of a lecture
@@ -89,21 +88,16 @@ def notebook_table(root: Path) -> str:
     return table(["notebook", "its puzzle", "minutes"], rows, left=2)
 
 
-def puzzle_minutes(path: Path) -> list[int]:
-    """The minutes of the puzzles of a notebook in notebooks/puzzles/, one number for each."""
-    return [int(stated) for stated in POSED.findall(notebook_text(path))]
-
-
 def puzzle_link(root: Path, path: Path) -> str:
     """A link to a notebook of puzzles, with their number and minutes."""
     title = notebook_text(path).splitlines()[0].removeprefix("# ")
-    spent = puzzle_minutes(path)
+    spent = [puzzle.minutes for puzzle in posed(root)[path]]
     return f"[{title}]({UP}{path.relative_to(root).as_posix()}), {len(spent)} puzzles, {sum(spent)} minutes"
 
 
 def puzzle_list(root: Path) -> str:
     """`{{ puzzle_list }}`: the notebooks of puzzles, or that there is none yet."""
-    found = sorted((root / PUZZLES).glob("*.ipynb"))
+    found = sorted((root / FOLDER).glob("*.ipynb"))
     return "\n".join(f"- {puzzle_link(root, path)}" for path in found) or "- *not yet*"
 
 
@@ -168,7 +162,7 @@ def _page(root: Path, where: str) -> str:
 
 def _lab(root: Path, session: dict[str, Any]) -> str:
     found = [path for number in session["lab"] if (path := notebook_file(root, number))]
-    further = [path for number in session["lab"] for path in sorted((root / PUZZLES).glob(f"{number}_*.ipynb"))]
+    further = [path for number in session["lab"] for path in sorted((root / FOLDER).glob(f"{number}_*.ipynb"))]
     total = sum(minutes_of(path) for path in found)
     return "\n".join(
         [
