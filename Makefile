@@ -127,7 +127,7 @@ mutation: $(VENV)/.mutation ## change gsa_ref one expression at a time; its test
 # for each property reach every line; and whatever decodes 10,000 tokens reaches none that others do not.
 coverage: $(VENV)/.mutation ## lines and branches that the tests run
 	$(BIN)/python -m coverage erase
-	HYPOTHESIS_PROFILE=mutation $(BIN)/python -m coverage run -m pytest -n $(JOBS) --dist worksteal -k 'not 10000' tests/ref tests/fast
+	HYPOTHESIS_PROFILE=mutation $(BIN)/python -m coverage run -m pytest -n $(JOBS) --dist worksteal -k 'not 10000' tests/ref tests/fast $(wildcard tests/test_*puzzles.py)
 	$(BIN)/python -m coverage combine -q
 	$(BIN)/python -m coverage report --include='gsa_ref/*' --fail-under=100
 	$(BIN)/python -m coverage report --include='gsa_fast/*' --fail-under=95

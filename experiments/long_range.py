@@ -29,18 +29,26 @@ from gsa_ref import LanguageModel, indexed_selection
 from gsa_ref.config import VARIANTS
 
 RESULTS = runner.RESULTS / "long_range.json"
-SHORT = ((0.3, 8), (0.45, 4), (0.6, 2))  # until which share of the steps context is divided by what
 DENSE = 0.7  # share of the steps in which variants with an indexer attend densely
 FACTORS = (1, 2, 4, 8)  # test lengths, over the training length
 QUINTILES = 5
 Z95 = 1.959964  # of the normal distribution, for 95 %
 
-# The budget is an eighth of the training length at every test length: at 8 times the length, one token in 64.
+# Of both tasks the budget is an eighth of the training length at every test length: at 8 times it, one token in 64.
 SIZES: dict[str, Any] = {
     "d": 256, "n_layers": 4, "d_ff": 688, "H": 4, "H_kv": 2, "d_h": 64, "H_I": 4, "d_I": 64, "indexer_rope": True,
     "rule": "fixed", "k_base": 64, "k_min": 64, "k_max": 64, "kl_temperature": 0.1,
     "context": 512, "batch": 64, "steps": 1500, "lr": 2e-3, "lr_warm_up": 50,
 }  # fmt: skip
+# Which value belongs to which key is found late, after thousands of steps in which the loss hardly moves; the size of
+# the model and of the batch matter little. So recall has a small model, few tokens at a step, and many steps.
+RECALL: dict[str, Any] = {
+    "d": 64, "n_layers": 2, "d_ff": 128, "H": 2, "H_kv": 2, "d_h": 32, "d_I": 32,
+    "k_base": 8, "k_min": 8, "k_max": 8, "context": 64, "batch": 32, "steps": 12000,
+}  # fmt: skip
+TASK_SIZES = {"needle": SIZES, "recall": SIZES | RECALL}
+# Until which share of the steps the context is divided by what: on short sequences the task is found sooner.
+SHORT = {"needle": ((0.3, 8), (0.45, 4), (0.6, 2)), "recall": ((0.6, 2),)}
 SMOKE: dict[str, Any] = {
     "d": 32, "n_layers": 2, "d_ff": 64, "H": 2, "H_kv": 1, "d_h": 16, "H_I": 2, "d_I": 16,
     "k_base": 16, "k_min": 16, "k_max": 16, "context": 128, "batch": 2, "steps": 6, "lr_warm_up": 2,
@@ -55,7 +63,9 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--task", choices=tuple(TASKS), help="default: each in turn")
     parser.add_argument("--variants", default=",".join(VARIANTS), help="of the paper, with commas (default: all four)")
     parser.add_argument("--seeds", default="0,1", help="of weights and sequences, with commas (default 0,1)")
-    parser.add_argument("--steps", type=int, help=f"optimiser steps (default {SIZES['steps']})")
+    parser.add_argument(
+        "--steps", type=int, help=f"optimiser steps (default {SIZES['steps']}, of recall {RECALL['steps']})"
+    )
     parser.add_argument("--lr", type=float, help=f"highest learning rate (default {SIZES['lr']})")
     parser.add_argument("--sequences", type=int, default=SEQUENCES, help=f"of a test (default {SEQUENCES})")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
@@ -68,12 +78,13 @@ def main(argv: list[str] | None = None) -> int:
     if o.merge:
         runner.write(o.json, merge([o.json, *o.merge]))
         return 0
-    sizes = SIZES | (SMOKE if o.smoke else {}) | {"device": o.device, "impl": o.impl, "dtype": o.dtype}
-    sizes |= {name: value for name in ("steps", "lr") if (value := getattr(o, name)) is not None}
+    chosen: dict[str, Any] = {"device": o.device, "impl": o.impl, "dtype": o.dtype}
+    chosen |= {name: value for name in ("steps", "lr") if (value := getattr(o, name)) is not None}
     count = 4 if o.smoke else o.sequences
     try:
         source = text.read(None)
         for task in [TASKS[o.task]] if o.task else TASKS.values():
+            sizes = TASK_SIZES[task.name] | (SMOKE if o.smoke else {}) | chosen
             for variant in o.variants.split(","):
                 for seed in map(int, o.seeds.split(",")):
                     settings = Settings(variant=variant, seed=seed, **sizes)
@@ -150,9 +161,9 @@ def dense_steps(s: Settings) -> int:
     return round(DENSE * s.steps) if VARIANTS[s.variant]["sparse"] else s.steps
 
 
-def length(step: int, s: Settings) -> int:
-    """Tokens of a sequence at a step: short ones first, on which the task is found sooner, then `context`."""
-    return next((s.context // divisor for until, divisor in SHORT if step < until * s.steps), s.context)
+def length(task: Task, step: int, s: Settings) -> int:
+    """Tokens of a sequence at a step: short ones first (`SHORT`), then `context`."""
+    return next((s.context // divisor for until, divisor in SHORT[task.name] if step < until * s.steps), s.context)
 
 
 def learn(task: Task, s: Settings, source: text.Text) -> tuple[LanguageModel, list[dict[str, float]]]:
@@ -173,7 +184,7 @@ def learn(task: Task, s: Settings, source: text.Text) -> tuple[LanguageModel, li
             model.requires_grad_(True)  # unlike the warm-up of a trained model, here all learns in both phases
         for group in optimizer.param_groups:
             group["lr"] = train.learning_rate(step, s)
-        L = length(step, s)
+        L = length(task, step, s)
         batch = generate(task, source.train, s.batch * s.context // L, L, generator)
         tokens, mask = batch.tokens.to(s.device), batch.mask.to(s.device)
         with train.autocast(s):
@@ -198,6 +209,7 @@ def learn(task: Task, s: Settings, source: text.Text) -> tuple[LanguageModel, li
             if not indexers:
                 del line["indexer_kl"]
             log.append({"step": step + 1, **{name: round(value, 4) for name, value in line.items()}})
+            tqdm.write(f"{task.name} {s.variant} {s.seed}: {log[-1]}", file=sys.stderr)
             sums, since = torch.zeros_like(sums), 0
     return model, log
 

@@ -82,6 +82,11 @@ def kept(settings: Settings) -> dict[str, Any]:
     return {name: value for name, value in vars(settings).items() if name not in PLACE}
 
 
+def chosen(study: dict[str, Any], options: argparse.Namespace) -> list[str]:
+    """The names of a study that `--only` fits, or all."""
+    return [name for name in study if not options.only or any(part in name for part in options.only)]
+
+
 def run_all(
     study: dict[str, Settings],
     options: argparse.Namespace,
@@ -102,12 +107,12 @@ def run_all(
     Raises:
         ValueError: `--only` fits no run.
     """
-    chosen = {n: s for n, s in study.items() if not options.only or any(part in n for part in options.only)}
-    if not chosen:
+    wanted = {name: study[name] for name in chosen(study, options)}
+    if not wanted:
         raise ValueError(f"only: expected a part of one of {', '.join(study)}, got {options.only}")
     records = {record["name"]: record for record in read(options.json)}
-    left = {n: s for n, s in chosen.items() if n not in records or records[n]["settings"] != kept(s)}
-    print(f"{command}: {len(chosen)} runs, {len(chosen) - len(left)} of them on record", file=sys.stderr, flush=True)
+    left = {n: s for n, s in wanted.items() if n not in records or records[n]["settings"] != kept(s)}
+    print(f"{command}: {len(wanted)} runs, {len(wanted) - len(left)} of them on record", file=sys.stderr, flush=True)
     started = time.monotonic()
     for done, (name, found) in enumerate(results(left, options, finish), 1):
         if isinstance(found, str):
@@ -118,7 +123,7 @@ def run_all(
         loss = "diverged" if found["diverged"] else f"validation loss {found['validation_loss']:.4f}"
         seconds = time.monotonic() - started
         print(f"{done}/{len(left)} {name}: {loss}, {seconds:.0f} s", file=sys.stderr, flush=True)
-    return {name: records[name] for name in chosen if name in records}
+    return {name: records[name] for name in wanted if name in records}
 
 
 def results(

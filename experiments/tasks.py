@@ -30,20 +30,15 @@ class Task:
     Attributes:
         name: "needle" or "recall".
         value_length: m, tokens of a value; the i-th is one of the i-th m-th of VALUES, as a digit that shows its place.
-        most_pairs: pairs of a long sequence. Short ones hold fewer, one for each 32 tokens: which value
-            belongs to which key is found sooner where there are two.
+        pairs: n, the pairs of a sequence and its questions: each is asked once.
     """
 
     name: str
     value_length: int
-    most_pairs: int
-
-    def pairs(self, L: int) -> int:
-        """Number of pairs, and of questions: each is asked once."""
-        return max(min(L // 32, self.most_pairs), 1)
+    pairs: int
 
 
-TASKS = {"needle": Task("needle", 4, 1), "recall": Task("recall", 1, 16)}
+TASKS = {"needle": Task("needle", 4, 1), "recall": Task("recall", 1, 4)}
 
 
 @dataclass(frozen=True)
@@ -78,7 +73,7 @@ def generate(task: Task, text: Tensor, batch: int, L: int, generator: torch.Gene
     Raises:
         ValueError: the pairs and questions do not fit into L, or the text is too short.
     """
-    n, m = task.pairs(L), task.value_length
+    n, m = task.pairs, task.value_length
     width = 1 + m  # of a pair, and of a question
     body = L + 1 - n * width
     free = body - 1 - n * m  # BOS stands first; places to draw from, where a pair counts as one token

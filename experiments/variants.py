@@ -58,12 +58,14 @@ def best_rate(variant: str, records: dict[str, dict[str, Any]]) -> float:
 
 
 def largest_stable_rate(variant: str, records: dict[str, dict[str, Any]]) -> float:
-    """The largest learning rate of the sweep up to which the loss stays within STABLE times the variant's best."""
-    runs = sorted(of_sweep(variant, records), key=lambda r: r["settings"]["lr"])
-    best = min(r["validation_loss"] for r in runs if not r["diverged"])
-    stable = 0.0
+    """The largest learning rate of the sweep, from the best one upwards, up to which the loss stays within STABLE times
+    the variant's best.
+    """
+    stable = best_rate(variant, records)
+    runs = [r for r in of_sweep(variant, records) if r["settings"]["lr"] >= stable]
+    runs.sort(key=lambda r: r["settings"]["lr"])
     for r in runs:
-        if r["diverged"] or r["validation_loss"] > STABLE * best:
+        if r["diverged"] or r["validation_loss"] > STABLE * runs[0]["validation_loss"]:
             break
         stable = r["settings"]["lr"]
     return stable
@@ -73,16 +75,23 @@ def of_sweep(variant: str, records: dict[str, dict[str, Any]]) -> list[dict[str,
     return [r for n, r in records.items() if n.startswith("sweep_") and r["settings"]["variant"] == variant]
 
 
+def names(smoke: bool) -> list[str]:
+    """Those of the runs of the main table."""
+    return [
+        f"{variant}_{seed}" for seed in range(2 if smoke else SEEDS) for variant in ("gsa", "sparse", "gated", "dense")
+    ]
+
+
 def main_table(smoke: bool, records: dict[str, dict[str, Any]]) -> dict[str, Settings]:
     """Each variant at its best learning rate, with every seed; a seed of all variants before the next one."""
     shared = base(smoke) if smoke else base(smoke, steps=STEPS)
-    return {
-        f"{variant}_{seed}": runner.settings_of(
-            shared, variant=variant, seed=seed, lr=best_rate(variant, records), impl=implementation(variant, smoke)
+    found = {}
+    for name in names(smoke):
+        variant, seed = name.split("_")
+        found[name] = runner.settings_of(
+            shared, variant=variant, seed=int(seed), lr=best_rate(variant, records), impl=implementation(variant, smoke)
         )
-        for seed in range(2 if smoke else SEEDS)
-        for variant in ("gsa", "sparse", "gated", "dense")
-    }
+    return found
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -92,8 +101,11 @@ def main(argv: list[str] | None = None) -> int:
     options = parser.parse_args(argv)
     try:
         records = {r["name"]: r for r in runner.read(options.json)}
-        if not options.no_sweep:
-            records |= runner.run_all(sweep(options.smoke), options, COMMAND)
+        trials = {} if options.no_sweep else sweep(options.smoke)
+        if runner.chosen(trials, options):
+            records |= runner.run_all(trials, options, COMMAND)
+            if not runner.chosen(dict.fromkeys(names(options.smoke)), options):  # a part of the sweep alone
+                return 0
         table = main_table(options.smoke, records)
         found = runner.run_all(table, options, COMMAND)
     except ValueError as error:

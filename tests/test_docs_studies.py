@@ -188,7 +188,7 @@ def test_the_sweep_compares_at_equal_rates(root: Path):
     assert studies.studies_times(root, "dense", "gated") == "1–4"
     assert rows(studies.studies_stability(root)) == [
         "| dense | 0.002 | 0.002 | 0.002 | 0.004 |",
-        "| gated | – | 0.004 | 0.004 | 0.004 |",  # at the lowest rate 1.1 times its best
+        "| gated | 0.002 | 0.004 | 0.004 | 0.004 |",  # the lowest rate is too slow: 1.1 times its best
     ]
 
 
@@ -320,10 +320,37 @@ def test_the_words_of_the_experiments_page_and_of_the_claims_fit_the_records():
     for variant, other in (("gated", "dense"), ("gsa", "dense"), ("gsa", "sparse")):
         assert np.mean(main.differences(variant, other)) > 0  # gates do not lower the loss
     forms = {r["form"]: r for r in studies.load(ROOT, studies.INDEXERS)}
-    low, high = sorted(forms["relu"]["recall_by_seed"])
-    for form in forms.values():  # no difference that is larger than that between two seeds of ReLU
-        assert abs(form["recall"] - forms["relu"]["recall"]) < high - low
-        assert np.ptp(form["recall_by_seed"]) <= high - low  # ReLU was the one whose seeds differ
+    for form in ("sigmoid", "gated_sigmoid"):  # more than ReLU in both seeds, in the mean by less than one point
+        assert min(forms[form]["recall_by_seed"]) > max(forms["relu"]["recall_by_seed"])
+        assert forms[form]["recall"] - forms["relu"]["recall"] < 0.01
+    assert forms["sigmoid"]["recall"] > forms["gated_sigmoid"]["recall"] > forms["sigmoid"]["recall"] - 0.002
+    for rule in ("rule_inverse_same_k", "rule_fixed_same_k"):  # at equal mean budgets
+        assert rule in changes.groups
+    long = studies.long_range(ROOT)
+
+    def mean(task: str, variant: str, test: int, measure: str = "accuracy") -> float:
+        return float(np.mean([r["tests"][test][measure] for r in long[task, variant]]))
+
+    for variant in studies.NAMES:
+        assert all(r["tests"][0]["accuracy"] == 1 for r in long["needle", variant])
+        answered = [mean("needle", variant, i) for i in range(4)]
+        assert answered == sorted(answered, reverse=True)
+        assert answered[3] < 0.15  # nearly nothing at eight times the length
+    for variant in ("sparse", "gsa"):
+        assert all(mean("needle", variant, i) >= mean("needle", "dense", i) for i in range(4))
+        assert mean("needle", variant, 2, "selected_anywhere") > 0.8  # most are selected, about half answered
+        assert 0.4 < mean("needle", variant, 2) < 0.6
+    for i in (2, 3):  # recall: sparse falls faster from four times the length on, where the selection misses some
+        assert mean("recall", "sparse", i) < mean("recall", "dense", i) - 0.05
+        assert mean("recall", "sparse", i, "selected_anywhere") < 0.99
+    assert abs(mean("recall", "sparse", 1) - mean("recall", "dense", 1)) < 0.01
+    learnt = {
+        v: [max(line["accuracy"] for line in r["log"]) > studies.LEARNT for r in long["recall", v]]
+        for v in studies.NAMES
+    }
+    assert all(learnt["dense"] + learnt["sparse"])
+    assert not all(learnt["gated"])
+    assert not all(learnt["gsa"])
     best = {v: min(studies.loss(r) for r in runs.values() if not r["diverged"]) for v, runs in main.sweep.items()}
     assert best["gated"] < best["dense"]  # but in the sweep
     for variant, other in (("gated", "dense"), ("gsa", "sparse")):

@@ -31,7 +31,14 @@ def record(variant: str, lr: float, loss: float, diverged: bool = False) -> dict
 
 
 def test_the_best_rate_is_that_of_the_lowest_loss_and_stability_ends_at_the_first_failure():
-    losses = {1e-3: 1.50, 2e-3: 1.40, 4e-3: 1.53, 8e-3: 1.60, 1.6e-2: 1.41}
+    losses = {
+        5e-4: 2.00,
+        1e-3: 1.50,
+        2e-3: 1.40,
+        4e-3: 1.53,
+        8e-3: 1.60,
+        1.6e-2: 1.41,
+    }  # the first is too slow, not unstable
     runs = {f"sweep_{rate}": record("gsa", rate, loss) for rate, loss in losses.items()}
     runs |= {"sweep_dense": record("dense", 1e-3, 9.0, diverged=True), "gsa_0": record("gsa", 1e-2, 0.1)}
     assert variants.best_rate("gsa", runs) == 2e-3
@@ -139,6 +146,28 @@ def test_a_run_that_fails_is_reported_and_the_others_go_on(tmp_path: Path, capsy
     assert set(runner.run_all({"bad": bad, "good": good}, options, "a command")) == {"good"}
     assert "bad: FAILED" in (said := capsys.readouterr().err)
     assert "nowhere" in said
+
+
+def test_only_may_choose_a_part_of_the_sweep_or_of_the_main_table(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+):
+    ran: list[str] = []
+
+    def attempt(settings: Any, folder: Path, finish: Any) -> dict[str, Any]:
+        ran.append(folder.name)
+        return {"settings": runner.kept(settings), "validation_loss": 1.0, "diverged": False, "log": []}
+
+    monkeypatch.setattr(runner, "attempt", attempt)
+    options = ["--smoke", "--json", str(tmp_path / "x.json"), "--only"]
+    assert variants.main([*options, "sweep_dense"]) == 0
+    assert ran
+    assert all(name.startswith("sweep_dense") for name in ran)
+    with pytest.raises(SystemExit):
+        variants.main([*options, "nothing"])
+    assert variants.main([*options[:-1]]) == 0  # the rest
+    ran.clear()
+    assert variants.main([*options, "dense_1"]) == 0
+    assert not ran  # it is on record
 
 
 def test_only_fits_a_run_or_is_refused(capsys: pytest.CaptureFixture[str], tmp_path: Path):

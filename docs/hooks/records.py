@@ -161,6 +161,7 @@ def compile_table(root: Path) -> str:
             )
     if not rows:
         return f"No record is stored: there is none in `{COMPILED}`."
+    rows.sort(key=lambda row: (int(row[0].removeprefix("sm_")), row[1]))
     header = ("target", "Triton", "variants", "do not fit", "most shared memory", "registers", "stack", "minutes")
     return table(header, rows, left=2)
 

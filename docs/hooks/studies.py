@@ -1,6 +1,7 @@
 """Tables of the experiments page, from the records of the studies in experiments/: every figure comes from here."""
 
 import itertools
+import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from statistics import fmean
@@ -96,12 +97,17 @@ class Main:
         return {rate: (measure(a[rate]), measure(b[rate])) for rate in ended if not b[rate]["diverged"]}
 
     def stable(self, variant: str, times: float) -> float | None:
-        """The largest rate up to which the loss of the sweep stays within so many times the variant's best."""
+        """The largest rate, from the best one upwards, up to which the loss of the sweep stays within so many times the
+        variant's best.
+        """
         runs = self.sweep.get(variant, {})
-        best = min((loss(r) for r in runs.values() if not r["diverged"]), default=0.0)
-        found = None
-        for rate in sorted(runs):
-            if runs[rate]["diverged"] or loss(runs[rate]) > times * best:
+        losses = {rate: loss(r) for rate, r in runs.items() if not r["diverged"]}
+        found = min(losses, key=losses.__getitem__, default=None)
+        if found is None:
+            return None
+        best = losses[found]
+        for rate in sorted(rate for rate in runs if rate >= found):
+            if losses.get(rate, math.inf) > times * best:
                 break
             found = rate
         return found
@@ -719,6 +725,30 @@ def long_range_table(root: Path, measure: str) -> str:
     return table(["task", "variant", "seeds", *(length(L) for L in lengths)], rows, left=2)
 
 
+LEARNT = 0.9  # share of the answers of a training batch
+
+
+@needs(LONG_RANGE)
+def studies_learnt(root: Path, task: str = "recall") -> str:
+    """`{{ studies_learnt recall }}`: by which step each run of a task answers most of its training questions.
+
+    Raises:
+        LookupError: there is no record of the task.
+    """
+    groups = {variant: runs for (name, variant), runs in long_range(root).items() if name == task}
+    if not groups:
+        raise LookupError(f"task: expected one of {LONG_RANGE}, got {task!r}")
+    rows = []
+    for variant, runs in groups.items():
+        cells = []
+        for r in runs:
+            steps = [line["step"] for line in r["log"] if line["accuracy"] > LEARNT]
+            cells.append(f"{steps[0]:,}" if steps else f"not in {r['settings']['steps']:,}")
+        rows.append([variant, *cells])
+    seeds = [r["settings"]["seed"] for r in next(iter(groups.values()))]
+    return table(["variant", *(f"seed {seed}, by step" for seed in seeds)], rows)
+
+
 @needs(INDEXERS)
 def studies_indexers(root: Path) -> str:
     """`{{ studies_indexers }}`: each form of the indexer with its best τ and rate: what it finds, and its time."""
@@ -778,6 +808,6 @@ DIRECTIVES = {
         studies_gates, studies_gate, studies_rules, studies_equal_k, studies_steps, studies_longer,
         studies_longer_steps, studies_captured, studies_shared, studies_overlap, studies_union, studies_unions,
         studies_budgets, studies_ages,
-        studies_long_range, studies_indexers, studies_recall, studies_picture,
+        studies_long_range, studies_learnt, studies_indexers, studies_recall, studies_picture,
     )
 }  # fmt: skip
