@@ -152,7 +152,41 @@ def test_score_verdict_compares_values_infinities_nan_and_shape(scores, passed):
 
 
 def test_score_verdict_of_nothing_passes():
-    assert check.score_verdict(np.full((1, 2), -np.inf), np.full((1, 2), -np.inf), np.ones((1, 2)))
+    nothing = np.full((1, 2), -np.inf)
+    assert check.score_verdict(nothing, nothing, np.ones((1, 2))) == check.Verdict(True, 0.0, 0.0)
+
+
+@pytest.mark.parametrize(
+    ("scores", "expected"),
+    [
+        ([[0.5]], (False, math.inf, 0.0, "shape is [1, 1], gold [1, 3]")),
+        ([[0.5, 0.0, np.nan]], (False, math.inf, 0.0, "score [0, 1] is 0.0, gold -inf")),
+        ([[0.5, -np.inf, 2.0]], (False, math.inf, 0.0, "score [0, 2] is 2.0, gold nan")),
+        ([[0.75, -np.inf, np.nan]], (True, 0.25, 0.25, "")),  # the bound itself is allowed
+        ([[1.0, -np.inf, np.nan]], (False, 0.5, 0.25, "")),
+    ],
+)
+def test_a_score_verdict_says_what_and_by_how_much(scores, expected):
+    assert check.score_verdict(scores, GOLD, np.full((1, 3), 0.25)) == check.Verdict(*expected)
+
+
+def test_a_score_verdict_reports_the_score_that_is_nearest_its_own_bound():
+    """Not the largest error: a bound may be wider there."""
+    verdict = check.score_verdict(np.array([[1.5, 1.25]]), np.ones((1, 2)), np.array([[1.0, 0.25]]))
+    assert verdict == check.Verdict(True, 0.25, 0.25)
+
+
+def test_the_score_tolerance_is_of_the_given_numbers_in_float64():
+    """Of float16 arrays too: their products would overflow or round."""
+    rng = np.random.default_rng(0)
+    arrays = [(100 * rng.standard_normal(shape)).astype(np.float16) for shape in ((2, 3, 5), (4, 5), (2, 3), (3,))]
+    wide = [x.astype(np.float64) for x in arrays]
+    np.testing.assert_array_equal(check.score_tolerance(*arrays, scale=0.3), check.score_tolerance(*wide, scale=0.3))
+    flat = [x.astype(np.float64) * 1e8 for x in arrays[:2]]  # σ moves by 1 at most
+    tolerance = check.score_tolerance(*flat, *wide[2:], scale=0.3)
+    weights = (1 / (1 + np.exp(-wide[2]))).sum(-1)
+    rest = 3 * 8 * 2.0**-24 * (1 + weights / 3) + 6 * 2.0**-24 / (1 - 6 * 2.0**-24) * weights
+    np.testing.assert_allclose(tolerance.max(-1), weights + rest, rtol=1e-9)
 
 
 # --- variance and budget ------------------------------------------------------------------------------------------
@@ -255,6 +289,17 @@ def test_the_budget_interval_is_wide_enough_for_float32_at_its_very_ends(k, mean
     assert low[0] <= int(F32(100) * (v / F32(mean))) <= high[0]
 
 
+def test_the_budget_interval_leaves_room_for_two_roundings_and_no_more():
+    """Ends at 3/4 of 2^-22 from where the budget turns from 49 to 50."""
+    nothing, n, sizes = np.array([0.0]), np.array([800]), {"k_base": 100, "k_min": 1, "k_max": 900}
+    for end, distance in ((0, 0.75 * 2.0**-22), (1, -0.75 * 2.0**-22)):
+        at_one = check.variance_interval(np.array([1.0]), nothing, nothing, n)[end]
+        for factor, expected in ((1.0, (49, 50)[end]), (2.0, (50, 49)[end])):
+            variance = 0.5 * (1 + factor * distance) / at_one
+            found = check.budget_interval(variance, nothing, nothing, 1.0, n, **sizes, rule="proportional")[end]
+            assert found[0] == expected
+
+
 def test_the_budget_interval_closes_when_nothing_is_uncertain():
     for variance, expected in ((0.5, 50), (1.004, 100), (2.0, 200)):
         row = np.array([variance + 1e-4]), np.array([0.0]), np.array([0.0])
@@ -326,6 +371,17 @@ def test_a_nan_tolerance_at_a_nan_score_excuses_nothing():
     ]
     assert accepted == [(1, 2)]
     assert check.topk_certificate(np.arange(4), 4, scores, epsilon, 9)
+
+
+def test_the_certificate_takes_lists_and_counts_near_its_own_threshold():
+    scores = [3.0, 2.0, 1.0, 0.75, -math.inf]
+    assert check.topk_certificate([0, 1], 2, scores, 0.25, 2).near_threshold == 1  # 2 alone: the κ-th score from above
+    assert check.topk_certificate([0, 1, 2], 3, scores, 0.25, 3).near_threshold == 2  # 0.75 is within 2ε of 1
+    far = np.array([3.0, 2.0, 1.0, 0.4, -math.inf])  # 0.6 off: within 3ε of 1, not within 2ε
+    assert check.topk_certificate(np.array([0, 1, 2]), 3, far, 0.25, 3).near_threshold == 1
+    tail = check.topk_certificate([0, 1, 7, -1], 2, scores, 0.25, 2)
+    assert tail.reason == "tail holds 7, expected −1"
+    assert check.topk_certificate([0, 1, -1, 7], 2, scores, 0.25, 2).reason == "tail holds 7, expected −1"
 
 
 def test_the_certificate_counts_what_rounding_may_decide():
@@ -510,6 +566,49 @@ def test_the_gradient_tolerance_grows_with_the_gradient_and_the_roundoff_of_the_
         assert (narrow[wide > 0] > 50 * wide[wide > 0]).all()
 
 
+@pytest.mark.parametrize(("dtype", "magnitude"), [(torch.float32, 1.0), (torch.float16, 1.0), (torch.float32, 0.1)])
+def test_the_gradient_tolerance_is_its_formula_in_plain_numbers(dtype, magnitude):
+    """Term by term: the bounds of dq, dk and dv from those of p, δ and dS."""
+    rng = np.random.default_rng(1)
+    arrays, selected = gradient_arrays(rng, 4, 9, 6, magnitude), random_mask(rng, 4, 9)
+    q, k, v, do, dlse = (arrays[name].astype(np.float64) for name in ("q", "k", "v", "do", "dlse"))
+    u, u32, scale, d_h = torch.finfo(dtype).eps / 2, 2.0**-24, 6**-0.5, 6
+    tiny = torch.finfo(dtype).smallest_normal * u
+
+    def gamma(n: int) -> float:
+        return n * u32 / (1 - n * u32)
+
+    dq, dk, dv = np.zeros(q.shape), np.zeros(k.shape), np.zeros(v.shape)
+    rows = [t for t in range(4) if selected[t].any()]
+    sums = gamma(2 * len(rows) + 1) + 2 * u  # over the rows, for both heads of a group
+    for t, h in itertools.product(rows, range(4)):
+        S_t, c = np.flatnonzero(selected[t]), h // 2
+        n = len(S_t)
+        logits = {s: scale * float(q[t, h] @ k[s, c]) for s in S_t}
+        lse = math.log(sum(map(math.exp, logits.values())))
+        p = {s: math.exp(x - lse) for s, x in logits.items()}
+        delta = gamma(d_h + 2) * scale * max(float(np.abs(q[t, h]) @ np.abs(k[s, c])) for s in S_t)
+        spread = max(logits.values()) - min(logits.values())
+        rho = math.expm1(3 * delta) + (n / 16 + 3) * (6 + spread) * u32 + gamma(n + 1) + 8 * u32 * max(abs(lse), 1)
+        out = sum(p[s] * v[s, c] for s in S_t)
+        size = sum(p[s] * np.abs(v[s, c]) for s in S_t)
+        wrong_delta = float((np.abs(do[t, h]) * ((2 * rho + 4 * u) * size + gamma(d_h + 1) * np.abs(out))).sum())
+        wrong_delta += 2 * u32 * abs(dlse[t, h])
+        for s in S_t:
+            ds = p[s] * (float(do[t, h] @ v[s, c]) - (float(do[t, h] @ out) - dlse[t, h]))
+            wrong_dp = (gamma(d_h) + u) * float(np.abs(do[t, h]) @ np.abs(v[s, c]))
+            wrong = (rho + u) * abs(ds) + p[s] * (wrong_dp + wrong_delta) + tiny
+            dq[t, h] += scale * (wrong + (gamma(n + 1) + 2 * u) * abs(ds)) * np.abs(k[s, c])
+            dk[s, c] += scale * (wrong + sums * abs(ds)) * np.abs(q[t, h])
+            dv[s, c] += ((rho + u + sums) * p[s] + tiny) * np.abs(do[t, h])
+        dq[t, h] += tiny
+    used = selected.any(0)
+    for x in (dk, dv):
+        x[used] += 2 * len(rows) * tiny
+    for got, expected in zip(gradient_tolerance(arrays, selected, dtype), (dq, dk, dv), strict=True):
+        np.testing.assert_allclose(got, expected, rtol=1e-6, atol=0)
+
+
 def kl_case(rng: np.random.Generator, L: int, S: int, size: float) -> dict[str, np.ndarray]:
     shapes = {"q_idx": (L, 3, 4), "k_idx": (S, 4), "head_logits": (L, 3), "bias": (3,), "q": (L, 4, 8), "k": (S, 2, 8)}
     return {name: (size * rng.standard_normal(shape)).astype(F32) for name, shape in shapes.items()}
@@ -560,6 +659,87 @@ def test_the_kl_tolerance_of_rows_and_keys_without_a_part_is_zero():
     assert (tolerance["k_idx"][over.any(0)] > 0).all()
     assert (tolerance["bias"] > 0).all()
     assert not any(x.any() for x in kl_tolerance(arrays, np.zeros((4, 9), bool), 0.5).values())
+
+
+@pytest.mark.parametrize(
+    ("size", "huge", "temperature"), [(1.0, 1, 0.5), (2.0, 1, 0.1), (0.1, 1, 3.0), (1.0, 2.0**27, 1.0)]
+)
+def test_the_kl_tolerance_is_its_formula_in_plain_numbers(size, huge, temperature):
+    """Row by row and key by key: the teacher's ρ, the student's Λ, the loss, and the chain rule of Eq. 7."""
+    rng = np.random.default_rng(2)
+    arrays, over = kl_case(rng, 5, 90, size), random_mask(rng, 5, 90)
+    over[1] = np.arange(90) == 3  # a row with one key
+    arrays["q_idx"] *= F32(huge)
+    q_idx, k_idx, w, b, q, k = (x.astype(np.float64) for x in arrays.values())
+    u, indexer_scale, scale = 2.0**-24, 0.4, 8**-0.5
+    L, S, H_I, d_I, H, d_h = 5, 90, 3, 4, 4, 8
+
+    def gamma(n: int) -> float:
+        return n * u / (1 - n * u)
+
+    def sigma(x: float) -> float:
+        return 1 / (1 + math.exp(-x)) if x > -700 else 0.0
+
+    def softmax(x: list[float], delta: float) -> tuple[list[float], float, float]:
+        """Weights, lse and ρ."""
+        n, lse = len(x), math.log(sum(math.exp(y - max(x)) for y in x)) + max(x)
+        rho = math.expm1(2 * delta) + (n // 16 + 3) * (6 + max(x) - min(x)) * u + gamma(n + 24)
+        return [math.exp(y - lse) for y in x], lse, rho + 6 * u * (max(abs(max(x)), abs(min(x))) + abs(lse))
+
+    epsilon = check.score_tolerance(q_idx, k_idx, w, b, scale=indexer_scale)  # has a test of its own
+    expected = {n: np.zeros(x.shape) for n, x in (("q_idx", q_idx), ("k_idx", k_idx), ("head_logits", w), ("bias", b))}
+    loss, gamma_keys, gamma_rows = 0.0, gamma(S + 32), gamma(L + 32)
+    for t in range(1, L):
+        keys = np.flatnonzero(over[t])
+        n = len(keys)
+        teachers = []
+        for h in range(H):
+            delta = scale * gamma(d_h + 2) * max(float(np.abs(q[t, h]) @ np.abs(k[s, h // 2])) for s in keys)
+            teachers.append(softmax([scale * float(q[t, h] @ k[s, h // 2]) for s in keys], delta))
+        p = [sum(weights[i] for weights, _, _ in teachers) / H for i in range(n)]
+        rho = max(rho for _, _, rho in teachers)
+        z = {(s, j): indexer_scale * float(q_idx[t, j] @ k_idx[s]) + b[j] for s in keys for j in range(H_I)}
+        x = [sum(sigma(w[t, j]) * sigma(z[s, j]) for j in range(H_I)) / temperature for s in keys]
+        delta_x = [epsilon[t, s] / temperature + 3 * u * y for s, y in zip(keys, x, strict=True)]
+        student, lse, rho_x = softmax(x, max(delta_x))
+        lambda_ = max(delta_x) + rho_x
+        for i, s in enumerate(keys):
+            log_p = math.log(p[i])
+            term = rho * (abs(log_p - x[i] + lse) + 1) + delta_x[i] + lambda_ + 2.0**-21
+            term += (gamma(n + 24) + 8 * u) * (abs(log_p) + abs(x[i]) + abs(lse))
+            loss += temperature * p[i] * term
+            g = abs(student[i] - p[i])
+            wrong_g = student[i] * math.expm1(delta_x[i] + lambda_ + 4 * u * abs(x[i])) + p[i] * rho
+            wrong_g += 2 * u * (student[i] + p[i])
+            for j in range(H_I):
+                weight, sig = sigma(w[t, j]), sigma(z[s, j])
+                wrong_z = indexer_scale * gamma(d_I + 4) * float(np.abs(q_idx[t, j]) @ np.abs(k_idx[s]))
+                wrong_s = min((wrong_z + 2 * u * (abs(z[s, j]) + abs(b[j]))) / 4, 1) + 16 * u
+                dz = g * weight * sig * (1 - sig)
+                wrong_dz = (
+                    wrong_g * weight * sig * (1 - sig) + g * weight * wrong_s + (2.0**-16 + 16 * u) * dz + 2.0**-41
+                )
+                dw = wrong_g * sig + g * (wrong_s + gamma_keys * sig)
+                expected["q_idx"][t, j] += indexer_scale * (wrong_dz + gamma_keys * dz) * np.abs(k_idx[s])
+                expected["k_idx"][s] += indexer_scale * (wrong_dz + gamma_rows * dz) * np.abs(q_idx[t, j])
+                expected["head_logits"][t, j] += weight * ((1 - weight) * dw + 32 * u * g * sig)
+                expected["bias"][j] += wrong_dz + (gamma_keys + gamma_rows) * dz
+    found = kl_tolerance(arrays, over, temperature)
+    assert float(found["loss"]) == pytest.approx(loss, rel=1e-6)
+    for name, bound in expected.items():
+        np.testing.assert_allclose(found[name], bound, rtol=1e-6, atol=1e-30, err_msg=name)
+
+
+def test_the_kl_tolerance_is_even_in_its_scales():
+    """A negative scale turns signs, and no bound."""
+    rng = np.random.default_rng(3)
+    arrays, over = kl_case(rng, 4, 9, 1.0), random_mask(rng, 4, 9)
+    wide = {name: x.astype(np.float64) for name, x in arrays.items()}
+    turned = {**wide, "q_idx": -wide["q_idx"], "q": -wide["q"]}
+    factors = {"over": over, "temperature": 0.5}
+    plain = check.kl_tolerance(**wide, **factors, indexer_scale=0.4, scale=0.3)
+    for name, x in check.kl_tolerance(**turned, **factors, indexer_scale=-0.4, scale=-0.3).items():
+        np.testing.assert_allclose(x, plain[name], rtol=1e-12)
 
 
 # --- error budget of outputs --------------------------------------------------------------------------------------
@@ -619,7 +799,49 @@ def test_another_shape_is_refused_even_where_it_would_broadcast():
 
 
 def test_a_verdict_says_by_how_much():
-    failed = verdict([1.5, 1.0], [1.0, 1.0], [1.0, 1.0])
-    assert failed.error == 0.5
-    assert failed.budget == 2.0**-23
-    assert "mean error 0.25" in failed.detail
+    half = "mean error 0.25, mean budget 1.19e-07"
+    assert verdict([1.5, 1.0], [1.0, 1.0], [1.0, 1.0]) == check.Verdict(False, 0.5, 2.0**-23, half)
+    assert verdict([1.0], [1.0], [1.0]) == check.Verdict(True, 0.0, 2.0**-23)
+    assert verdict([math.inf], [math.inf], [math.inf]) == check.Verdict(True, 0.0, 0.0)
+
+
+@pytest.mark.parametrize(
+    ("output", "gold", "detail"),
+    [
+        ([1.0], [1.0, 1.0], "shape is [1], gold [2]"),
+        ([1.0, math.nan], [1.0, 2.0], "NaN differs at (1,): got nan, gold 2.0"),
+        ([1.0, math.inf], [1.0, -math.inf], "+inf differs at (1,): got inf, gold -inf"),
+        ([3.0, 1.0], [-math.inf, 1.0], "−inf differs at (0,): got 3.0, gold -inf"),
+    ],
+)
+def test_a_verdict_says_what_cannot_be_compared(output, gold, detail):
+    assert verdict(output, gold, gold) == check.Verdict(False, math.inf, 0.0, detail)
+
+
+def test_a_verdict_reports_the_element_that_is_nearest_its_budget_or_furthest_beyond():
+    gold, proven = [1.0, 1.0, 1.0], np.array([0.5, 0.25, 0.0])
+    inside = verdict([1.25, 1.1875, 1.0], gold, gold, tolerance=proven)
+    assert inside == check.Verdict(True, 0.1875, 0.25)  # three quarters of its budget, the first one half
+    beyond = verdict([2.0, 1.75, 1.4375], gold, gold, tolerance=np.array([0.875, 0.5, 0.25]))
+    assert (beyond.error, beyond.budget) == (0.75, 0.5)  # the first has the largest error, the last the largest ratio
+    nothing = verdict([0.0, 0.1875], [0.0, 0.0], [0.0, 0.0], tolerance=np.array([0.0, 0.25]))
+    assert nothing == check.Verdict(True, 0.1875, 0.25)  # not the element that has no budget and no error
+
+
+def test_a_baseline_that_overflows_everywhere_leaves_the_floor_alone():
+    assert verdict([1.0], [math.inf], [1.0]) == check.Verdict(True, 0.0, 2.0**-23)
+    failed = verdict([1.5], [math.inf], [1.0])
+    assert (failed.passed, failed.error, failed.budget) == (False, 0.5, 2.0**-23)
+    far = np.array([1 + 2.0**-22, 1 + 2.0**-23])  # each within its own budget, their mean not within theirs
+    assert not verdict(far, [math.inf, math.inf], [1.0, 1.0], tolerance=np.array([2.0**-22, 0.0]))
+
+
+def test_budgets_are_computed_in_float64_whatever_comes():
+    """A tolerance in float16 would round, and an output in float16 overflow."""
+    output = torch.tensor([60000.0, -60000.0], dtype=torch.float16).numpy()
+    gold = -output.astype(np.float64)
+    found = check.error_budget(output, output, gold, torch.float16)
+    assert found.error == 120000.0
+    narrow = np.zeros(2, np.float16)
+    found = check.error_budget(np.ones(2), np.array([1.05, 1.0]), np.ones(2), torch.float32, tolerance=narrow)
+    assert found.budget == 2 * (1.05 - 1) + 2.0**-23
