@@ -39,6 +39,8 @@ COMMAND = "python -m tests.reference_mutants"
 LEFT_OUT = ("cases", "tour", "__main__")
 # Tests about every function of a package.
 GENERAL = {"": ["test_functions", "test_arguments"], "equations": ["test_equations"]}
+# Tests of what a module does together with others, in the file of another one.
+TOGETHER = {"layer": ["test_training", "test_generation", "test_cache"], "model": ["test_training", "test_generation"]}
 # Compiled code holds no mutant to choose; the other tests take many times as long as all the rest.
 SLOW = ("compiled", "10000", "two_processes", "learns_one_sentence")
 # Without the plugins that collect garbage at the end of every run, which costs more than the tests.
@@ -182,6 +184,114 @@ EXPLAINED: tuple[Explanation, ...] = (
     ),
     Explanation(
         EQUIVALENT,
+        r"generation\.sample",
+        r"\+ .*(\(|=)\+1[,)]|excess, \+1|\.sort\(descending",
+        "of two axes 1 is the last, and the last is the default",
+    ),
+    Explanation(
+        EQUIVALENT,
+        r"generation\.sample",
+        r"descending=True, (stable=(None|False))?\)",
+        "PyTorch's sort is stable on a CPU in any case; on a GPU it need not be",
+    ),
+    Explanation(
+        EQUIVALENT,
+        r"generation\.sample",
+        r"\+ if top_p (<= 1|< 2):",
+        "what it leaves out lies behind a sum that rounds to 1, and is less probable than that rounding",
+    ),
+    Explanation(
+        EQUIVALENT,
+        r"equations\.(layer\.gated_sparse_attention|training\.teacher)",
+        r"\+ .*np\.asarray\((value|h|q|k), (None)?\)",
+        "the product of a narrow array and a float64 one is computed in float64",
+    ),
+    Explanation(
+        EQUIVALENT,
+        r"equations\.layer\.gated_sparse_attention",
+        r"np\.arange\(L\) \+ 2",
+        "a budget beyond the keys of a row is cut to them by `select_tokens`",
+    ),
+    Explanation(
+        EQUIVALENT,
+        r"equations\.training\.indexer_kl_(loss|gradient)",
+        r"start=start, (length=None)?\)",
+        "a row that counts sees no position at or past the length",
+    ),
+    Explanation(
+        EQUIVALENT,
+        r"equations\.training\.indexer_kl_loss",
+        r"zip\(p\[t\], student, (strict=(None|False))?\)",
+        "the two have one length: both run over the positions of the row",
+    ),
+    Explanation(
+        EQUIVALENT,
+        r"training\.indexer_kl_loss",
+        r"start=start, (lengths=None)?\) # Eq\. 7",
+        "what lies at or past the lengths is masked next, with all that a row does not run over",
+    ),
+    Explanation(
+        EQUIVALENT,
+        r"training\.indexer_kl_loss",
+        r"masked_fill\(~valid, 1\)",
+        "equal logits of any value have one softmax, and p is 0 there",
+    ),
+    Explanation(
+        EQUIVALENT,
+        r"training\.indexer_kl_loss",
+        r"masked_fill\(~over, 1\)",
+        "p is 0 there",
+    ),
+    Explanation(
+        EQUIVALENT,
+        r"training\.indexer_kl_loss",
+        r"p \* log_student\)\.sum\((None|\+1|-2)\)",
+        "all of it is added up next",
+    ),
+    Explanation(
+        EQUIVALENT,
+        r"training\.captured_mass",
+        r"\+ check_(attention_arguments\(.*start=None|start\(start, \{)",
+        "the other of the two checks looks at start as well",
+    ),
+    Explanation(
+        EQUIVALENT,
+        r"training\.captured_mass",
+        r"p\.sort\(descending|\(1, 1\)\)",
+        "the last axis is the default; and the column behind the last sum is never read",
+    ),
+    Explanation(
+        EQUIVALENT,
+        r"training\._positions",
+        r"index <= S|S \+ 2",
+        "column S takes what is not selected, and is cut off",
+    ),
+    Explanation(
+        EQUIVALENT,
+        r"training\._teacher",
+        r"torch\.einsum\(\"[A-Z]",
+        "the axes have other names",
+    ),
+    Explanation(
+        EQUIVALENT,
+        r"theory\.complexity\.core_crossover",
+        r"low, high = (k|high), 3 \*",
+        "the bisection ends at the same length, from wherever it starts",
+    ),
+    Explanation(
+        EQUIVALENT,
+        r"theory\.convergence\.score_bounds",
+        r"axis=\+1",
+        "of two axes 1 is the last",
+    ),
+    Explanation(
+        EQUIVALENT,
+        r"theory\.expressiveness\.linear_gap",
+        r"reshape\(n, -2\)|lstsq\(inputs, outputs, \)",
+        "NumPy takes any negative size for the one to be found; and None is the default of rcond",
+    ),
+    Explanation(
+        EQUIVALENT,
         r"check\.(score|kl)_tolerance",
         r"\.(sum|any|max|min)\(\+1[,)]",
         "of two axes 1 is the last",
@@ -282,10 +392,10 @@ def modules() -> list[str]:
 
 
 def tests_of(module: str) -> list[str]:
-    """The test files whose subject the module is, and those about all functions of its package."""
+    """The test files whose subject the module is, those about all functions of its package, and those of `TOGETHER`."""
     *package, name = module.split(".")
     names = GENERAL.get("".join(package), []) + ([f"test_{name}"] if name != "_arguments" else [])
-    names.append("_".join(("test", *package, name)))
+    names += ["_".join(("test", *package, name)), *TOGETHER.get(module, [])]
     found = [f"tests/ref/{n}.py" for n in dict.fromkeys(names)]
     return [path for path in found if (ROOT / path).is_file()]
 

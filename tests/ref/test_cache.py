@@ -1,6 +1,7 @@
 """Decoding cache: a cached pass gives what one pass over everything gives."""
 
 import dataclasses
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -586,3 +587,59 @@ def test_a_refused_operation_leaves_the_cache_as_it_was(method, argument, except
         getattr(cache, method)(argument)
     assert unchanged(cache, before)
     assert (cache.longest, cache.capacity) == (bound, 8)
+
+
+# --- what a cache is made of --------------------------------------------------------------------------------------
+
+PARTS = {"k": (2, 5, 3, 4), "v": (2, 5, 3, 4), "k_idx": (2, 5, 6), "lengths": (2,)}
+
+
+def parts(**changes: torch.Tensor) -> dict[str, torch.Tensor]:
+    tensors = {name: torch.zeros(shape) for name, shape in PARTS.items()}
+    return {**tensors, "lengths": torch.zeros(2, dtype=torch.int32), **changes}
+
+
+@pytest.mark.bad_input
+@pytest.mark.parametrize(
+    ("name", "shape"),
+    [
+        ("v", (7, 5, 3, 4)),
+        ("v", (2, 7, 3, 4)),
+        ("v", (2, 5, 7, 4)),
+        ("v", (2, 5, 3, 7)),
+        ("k_idx", (7, 5, 6)),
+        ("k_idx", (2, 7, 6)),
+        ("lengths", (7,)),
+    ],
+)
+def test_the_parts_of_a_cache_have_the_sizes_of_its_keys(name, shape):
+    assert GSACache(**parts()).capacity == 5
+    dtype = torch.int32 if name == "lengths" else torch.float32
+    with pytest.raises(ValueError, match=f"^{name}: .*{re.escape(str(list(shape)))}"):
+        GSACache(**parts(**{name: torch.zeros(shape, dtype=dtype)}))
+
+
+@pytest.mark.bad_input
+@pytest.mark.parametrize("name", PARTS)
+def test_the_parts_of_a_cache_lie_on_one_device(name):
+    with pytest.raises(ValueError, match="device"):
+        GSACache(**parts(**{name: parts()[name].to("meta")}))
+
+
+@pytest.mark.bad_input
+def test_a_cache_of_another_layer_says_what_it_holds():
+    config = GSAConfig(d=8, H=3, H_kv=3, d_h=4, H_I=2, d_I=6)
+    like = torch.zeros(())
+    with_keys, without = GSACache(**parts()), GSACache(**parts(k_idx=None))
+    with_keys.check(config, 2, 1, like)
+    expected = "cache: expected keys [2, 5, 3, 4], sparse={}, got [2, 5, 3, 4] {} k_idx"
+    for cache, wanted, held in ((with_keys, config.variant("dense"), "with"), (without, config, "without")):
+        with pytest.raises(ValueError, match="k_idx") as caught:
+            cache.check(wanted, 2, 1, like)
+        assert str(caught.value) == expected.format(wanted.sparse, held)
+
+
+@pytest.mark.bad_input
+def test_a_device_of_another_type_is_refused_with_its_type():
+    with pytest.raises(TypeError, match=r"^device: expected a torch\.device or a str, got int 3$"):
+        GSACache.allocate(GSAConfig(), 1, 1, device=3)

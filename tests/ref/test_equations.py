@@ -174,3 +174,12 @@ def test_every_option_of_the_layer_means_the_same_in_both_forms(changes):
         layer.mean_variance.fill_(0.3)
     h = hidden(2, 24, config.d).double()
     assert close_layers(layer(h).hidden, torch.from_numpy(oracle.layer_output(layer, h)))
+
+
+def test_the_teacher_takes_another_scale():
+    """Two keys with logits 0 and scale·2: the weights are those of a sigmoid."""
+    q, k = np.array([[[2.0, 0.0, 0.0, 0.0]]]), np.array([[[0.0] * 4], [[1.0, 0.0, 0.0, 0.0]]])
+    for scale in (None, 0.25, -1.0):
+        z = 2 * (0.5 if scale is None else scale)
+        (p,) = teacher(q, k, [np.arange(2)], scale=scale)
+        np.testing.assert_allclose(p, [1 / (1 + np.exp(z)), 1 / (1 + np.exp(-z))], rtol=1e-12)

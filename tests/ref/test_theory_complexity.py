@@ -209,3 +209,90 @@ def test_the_roofline_is_the_time_of_the_scarcer_resource():
 def test_sizes_that_count_nothing_are_refused(call, message):
     with pytest.raises(ValueError, match=message):
         call()
+
+
+# ---- by hand, at sizes that are all different ------------------------------------------------------------------------
+
+SMALL = GSAConfig(d=48, H=6, H_kv=2, d_h=4, H_I=3, d_I=5, k_base=2, k_min=1, k_max=4)  # at L = 4: 10 pairs, 7 selected
+
+
+def test_the_work_of_each_stage_by_hand():
+    dense = SMALL.variant("dense")
+    inout = 2 * 4 * 4 * (6 + 2)  # numbers: q, o of 6 heads, k, v of 2, all 4 wide, of 4 tokens
+    scores = Work(10 * 15, 10 * 3, 2 * 4 * (15 + 5 + 3))
+    sparse = Work(2 * 7 * 24, 7 * 6, 2 * inout + 4 * 7)
+    assert complexity.dense_attention_work(4, SMALL) == Work(2 * 10 * 24, 10 * 6, 2 * inout)
+    assert complexity.sparse_attention_work(4, SMALL) == sparse
+    assert complexity.indexer_work(4, SMALL) == scores
+    assert complexity.core_work(4, SMALL) == Work(336 + 150, 42 + 30, sparse.bytes + scores.bytes)
+    assert complexity.core_work(4, dense) == complexity.dense_attention_work(4, dense)
+    assert complexity.gathered_bytes(4, SMALL) == 2 * 2 * 4 * 7 * 2
+    assert complexity.gathered_bytes(4, SMALL, k=3) == 2 * 2 * 4 * 9 * 2  # 1 + 2 + 3 + 3 pairs
+    assert complexity.projections_work(4, SMALL).special == 0
+    assert all(isinstance(x, int) for x in vars(complexity.dense_attention_work(4, SMALL)).values())
+
+
+def test_the_work_of_each_stage_grows_with_the_bytes_of_an_element():
+    """Four bytes for two: all but the indices, of four bytes each."""
+    dense = SMALL.variant("dense")
+    for stage, config, fixed in (
+        (complexity.dense_attention_work, dense, 0),
+        (complexity.sparse_attention_work, SMALL, 4 * 7),
+        (complexity.indexer_work, SMALL, 0),
+        (complexity.projections_work, SMALL, 0),
+        (complexity.core_work, SMALL, 4 * 7),
+        (complexity.core_work, dense, 0),
+    ):
+        narrow, wide = stage(4, config).bytes, stage(4, config, element_bytes=4).bytes
+        assert wide - fixed == 2 * (narrow - fixed)
+    assert complexity.gathered_bytes(4, SMALL, element_bytes=4) == 2 * complexity.gathered_bytes(4, SMALL)
+
+
+def test_a_decode_step_by_hand():
+    attention = Work(2 * 2 * 24, 2 * 6, 2 * 2 * (2 * 8 + 24))
+    scores = Work(9 * 15, 9 * 3, 2 * (9 * 5 + 15 + 3))
+    assert complexity.decode_work(9, SMALL) == Work(96 + 135, 12 + 27, attention.bytes + scores.bytes)
+    three = complexity.decode_work(9, SMALL, k=3)
+    assert three == Work(2 * 3 * 24 + 135, 18 + 27, 2 * 2 * (3 * 8 + 24) + scores.bytes)
+    assert complexity.decode_work(9, SMALL.variant("dense")) == Work(2 * 9 * 24, 9 * 6, 2 * 2 * (9 * 8 + 24))
+
+
+def test_the_crossovers_take_another_k():
+    """3·48 / (48 − 15) in the printed count; in the full count the smallest L at which 48·(P − selected) > 15·P."""
+    assert complexity.printed_crossover(SMALL) == Fraction(2 * 48, 33)
+    assert complexity.printed_crossover(SMALL, k=3) == Fraction(3 * 48, 33)
+    for k in (2, 3, 7):
+        L = next(
+            L for L in range(1, 99) if 48 * sum(t + 1 - min(k, t + 1) for t in range(L)) > 15 * sum(range(1, L + 1))
+        )
+        assert complexity.core_crossover(SMALL, k=k) == L
+    # 2·H·d_h = 48 and H_I·d_I = 16, k = 1: at L = 2 both sides are 48. Equal is not fewer.
+    even = dataclasses.replace(SMALL, H_I=4, d_I=4, k_base=1)
+    assert complexity.core_crossover(even) == 3
+
+
+def test_a_line_takes_two_budgets_and_two_points_determine_it():
+    a, b = complexity.cost_line({2: 2.0, 6: Fraction(4, 5)})  # costs 1/2 and 5/4
+    assert (a, b) == pytest.approx((1 / 8, 3 / 16), rel=1e-12)
+    a, b = complexity.cost_line({1: 1.0, 2: 0.5, 6: 0.25})  # costs 1, 2, 4: slope 8/14 by the normal equations
+    assert (a, b) == pytest.approx((7 / 3 - 3 * 8 / 14, 8 / 14), rel=1e-12)
+    with pytest.raises(ValueError, match=r"^speedups: expected at least two budgets, got 1$"):
+        complexity.cost_line({2: 2.0})
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: complexity.printed_indexer_share(0, PAPER), "L: "),
+        (lambda: complexity.printed_speedup(0, PAPER), "L: "),
+        (lambda: Work(1, 1, 1).seconds(flops_per_second=1.0, bytes_per_second=0.0), "bytes_per_second: "),
+        (lambda: Work(1, 1, 1).seconds(flops_per_second=-1.0, bytes_per_second=1.0), "flops_per_second: "),
+    ],
+)
+def test_what_is_no_length_or_rate_is_refused_by_name(call, message):
+    with pytest.raises(ValueError, match=f"^{message}"):
+        call()
+
+
+def test_work_adds_up_by_kind():
+    assert Work(1, 2, 3) + Work(10, 20, 30) == Work(11, 22, 33)

@@ -316,3 +316,31 @@ def test_a_step_size_outside_the_theorem_is_refused(step_size):
 def test_another_activation_is_refused():
     with pytest.raises(ValueError, match="activation: expected"):
         theory.score_gradient(**steepest(), activation="tanh")
+
+
+# ---- the constants by hand -------------------------------------------------------------------------------------------
+
+
+def test_the_constants_are_their_formulas_in_plain_numbers():
+    """A smaller constant may hold on every sample, a larger one always does."""
+    assert theory.score_lipschitz(2.0, 3.0, 5, scale=0.5) == pytest.approx(
+        math.sqrt(5 * (0.25 * 9 + 2) + 0.25 * 25 * 4) / 4, rel=1e-12
+    )
+    assert theory.loss_smoothness(3, 0.5) == pytest.approx(
+        3 / (32 * 0.25) + 2 / 0.5 * (1 / (6 * math.sqrt(3)) + 1 / 16), rel=1e-12
+    )
+    W_V, W_g = np.diag([3.0, 4.0]), np.diag([2.0, 1.0])  # spectral norms 4 and 2, Frobenius 5 and √5
+    assert theory.gated_value_lipschitz(W_V, W_g, 6.0) == pytest.approx(4 * (1 + 6 * 2 / 4), rel=1e-12)
+    q, k = np.array([[3.0, 4.0, 0.0], [0.0, 5.0, 12.0]]), np.array([2.0, 0.0, 0.0])
+    bounds = theory.score_bounds(q, k, scale=-0.5)
+    assert float(bounds.k) == pytest.approx(0.5 / 4 * (5 + 13), rel=1e-12)
+    np.testing.assert_allclose(bounds.q, [0.25, 0.25], rtol=1e-12)
+
+
+def test_the_best_step_is_the_smaller_of_two():
+    assert theory.sgd_step_size(1.0, 4.0, 0.0, 10) == 0.25
+    assert theory.sgd_step_size(1.0, 4.0, 1e-9, 1) == 0.25  # little noise: 1/M
+    assert theory.sgd_step_size(1.0, 4.0, 8.0, 100) == pytest.approx(math.sqrt(2 / (4 * 8 * 100)), rel=1e-12)
+    between = math.sqrt(2 / (4 * 5 * 1))  # in (1/M, 2/M)
+    assert 0.25 < between < 0.5
+    assert theory.sgd_step_size(1.0, 4.0, 5.0, 1) == 0.25

@@ -823,3 +823,24 @@ def test_a_new_model_that_takes_over_the_state_goes_on_as_if_nothing_had_happene
     whole, again = ranks.train("plain"), ranks.train("plain", restart=3)
     assert torch.equal(again["losses"], whole["losses"])
     assert all(torch.equal(x, whole["state"][name]) for name, x in again["state"].items())
+
+
+def test_captured_mass_counts_what_lies_below_the_lengths_at_the_given_scale():
+    """Logits scale·(0, 1, 2, 3) of the keys; the last query sees all, but only three are valid, of which it selects two
+    and one beyond.
+    """
+    q, k = torch.ones(1, 4, 1, 2), torch.zeros(1, 4, 1, 2)
+    k[0, :, 0, 0] = torch.arange(4.0)
+    slots = torch.full((1, 4, 3), -1, dtype=torch.int32)
+    slots[0, 2] = torch.tensor([0, 1, 3])  # 3 is in no row's past
+    selection = Selection(slots, torch.tensor([[0, 0, 3, 0]], dtype=torch.int32))
+    for scale in (0.25, 2.0):
+        weights = [math.exp(scale * s) for s in range(3)]
+        selected, best = captured_mass(
+            q, k, selection, scale=scale, start=0, lengths=torch.tensor([3], dtype=torch.int32)
+        )
+        assert float(selected[0, 2]) == pytest.approx((weights[0] + weights[1]) / sum(weights), rel=1e-5)
+        assert float(best[0, 2]) == pytest.approx((weights[2] + weights[1]) / sum(weights), rel=1e-5)
+        assert not selected[0, 3]  # padding
+    behind = captured_mass(q, k, selection, scale=2.0, start=1, lengths=torch.tensor([3], dtype=torch.int32))
+    assert float(behind[0][0, 2]) == 0  # row 2 is position 3: padding now
