@@ -6,6 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+import gsa_fast
 import gsa_ref
 from gsa_fast.__main__ import main
 from gsa_fast.bench import kl, patterns, prefill, records, rooflines, train
@@ -159,6 +160,28 @@ def test_the_kl_loss_is_measured_in_both_phases_beside_the_reference(tiny_kl, de
             torch.testing.assert_close(x, y, atol=1e-6, rtol=1e-3)
     assert not torch.equal(tiny_kl[0][0], tiny_kl[4][0])  # the phases
     assert torch.equal(tiny_kl[0][0], tiny_kl[2][0])  # the passes
+
+
+@pytest.mark.parametrize("selection", [None, "random"])
+@pytest.mark.parametrize("passes", [kl.FORWARD, kl.FORWARD_BACKWARD])
+def test_the_kernels_are_timed_under_their_name_and_the_reference_under_its(
+    passes, selection, tiny_kl, device, monkeypatch
+):
+    for package in (gsa_ref, gsa_fast):
+        loss = package.indexer_kl_loss
+
+        def tell(*arguments, package=package, loss=loss, **given):
+            called.append((package.__name__, given.get("impl"), torch.is_grad_enabled(), given["q_idx"].requires_grad))
+            return loss(*arguments, **given)
+
+        monkeypatch.setattr(package, "indexer_kl_loss", tell)
+    called = []
+    for impl, how in (("gsa_fast", "triton"), ("gsa_ref", None)):
+        call = kl.prepare(kl.Case(impl, 24, 2, passes, selection), prefill.Inputs(3, device, torch.float32), set()).call
+        called.clear()
+        call()
+        wants_gradients = passes == kl.FORWARD_BACKWARD
+        assert called == [(impl, how, wants_gradients, wants_gradients)]
 
 
 def test_the_sparse_loss_is_that_of_the_drawn_selection(tiny_kl, device):
