@@ -84,9 +84,9 @@ def main(argv: list[str] | None = None) -> int:
     train.add_arguments(
         suites.add_parser(
             "train",
-            help="attention and gates forward and backward",
+            help="attention and gates, and the indexer's KL loss, forward and backward",
             description="Measure attention and gates forward and backward over lengths and selection patterns, beside "
-            "cuDNN's and FlashAttention's dense attention in PyTorch.",
+            "cuDNN's and FlashAttention's dense attention in PyTorch, and the indexer's KL loss beside the reference.",
         )
     )
     options = parser.parse_args(argv)

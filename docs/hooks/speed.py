@@ -17,6 +17,7 @@ DECODE_PICTURE = "figures/performance_decode"
 K_BASE = 2048  # the budget of every table but the one over budgets
 FUSED, GENERAL = "gsa_fast", "gsa_fast_general"
 IN_ORDER, ATOMIC = "gsa_fast", "gsa_fast atomic"
+KL_COMMAND = f"python -m gsa_fast bench train --case kl_loss --json {RESULTS}/train.json"
 STAGES = ("indexer", "indexed_selection", "gates", "attention", "whole")
 
 Record = dict[str, Any]
@@ -531,6 +532,58 @@ def train_memory(root: Path) -> str:
     return table(header, rows, left=2)
 
 
+def train_kl(root: Path) -> str:
+    """`{{ train_kl }}`: time and memory of the indexer's KL loss beside the reference; nothing without such records."""
+    found = load(root, TRAIN)
+    if not found:
+        return missing(TRAIN)
+    records: dict[tuple[str, str, str, int], dict[int, Record]] = {}
+    for r in found:
+        if r["case"].startswith("kl_"):
+            line = (r["case"], (r["selection"] or "–").replace(" ", "\u00a0"), r["impl"], r["shape"]["H_kv"])
+            records.setdefault(line, {})[r["shape"]["L"]] = r
+    if not records:
+        return ""
+    lengths = sorted({L for of_length in records.values() for L in of_length})
+    times, bytes_ = [], []
+    for (case, name, impl, H_kv), of_length in records.items():
+        phase, passes = ("warm-up" if "warm_up" in case else "sparse"), case.split("_", 2 + ("warm_up" in case))[-1]
+        lead = [phase, name, passes.replace("_", " + "), impl, str(H_kv)]
+        reference = records.get((case, name, "gsa_ref", H_kv), {})
+
+        def time(L: int, ours: dict[int, Record] = of_length, theirs: dict[int, Record] = reference) -> str:
+            ms, over = median(ours.get(L)), median(theirs.get(L))
+            if ms is None:
+                return "–"
+            return f"{figure(ms)}\u00a0ms" + (f" ({figure(ms / over, 2)})" if over and ours is not theirs else "")
+
+        def memory(r: Record | None) -> str:
+            return f"{r['peak_bytes'] / 2**20:,.0f} ({percent(r['share_of_roofline'])})" if r and r["ms"] else "–"
+
+        times.append([*lead, *map(time, lengths)])
+        bytes_.append([*lead, *(memory(of_length.get(L)) for L in lengths)])
+    header = ["phase", "selection", "passes", "by", "H_kv", *map(length, lengths)]
+    reasons: dict[str, list[str]] = {}
+    for (_, _, impl, _), of_length in records.items():
+        for L, r in sorted(of_length.items()):
+            if said := r.get("reason"):
+                reasons.setdefault(f"`{impl}`: {said}", []).append(length(L))
+    not_timed = [f"- {said}, at {', '.join(dict.fromkeys(at))}" for said, at in reasons.items()]
+    parts = [
+        "### The indexer's KL loss",
+        "The loss of Eq. 15, and with its gradients for the indexer's inputs: over all visible positions in the "
+        "warm-up, over the selected ones in the sparse phase, where the log-sum-exp of the attention is given, as in "
+        "the layer. The reference, `gsa_ref.indexer_kl_loss` in PyTorch, gets the same inputs; it holds every logit.",
+        f"```\n{KL_COMMAND}\n```",
+        "Before a case is timed, what it computes from a short input is compared with the reference.",
+        "Milliseconds, and in brackets how many times the reference's: below 1 is faster.",
+        table(header, times, left=4),
+        "Peak memory beyond the inputs, the loss and the gradients, in MiB, and in brackets the share of the roofline:",
+        table(header, bytes_, left=4),
+    ]
+    return "\n\n".join([*parts, *(["Not timed:\n\n" + "\n".join(not_timed)] if not_timed else [])])
+
+
 def long_verification(root: Path) -> str:
     """`{{ long_verification }}`: the stored results of `python -m gsa_fast verify --length`."""
     found = load(root, LONG)
@@ -591,6 +644,6 @@ DIRECTIVES = {
         prefill_setup, prefill_picture, prefill_speedup, prefill_range, prefill_lengths, prefill_roofline,
         roofline_picture, prefill_crossover, prefill_methods, prefill_budgets, prefill_memory, prefill_missing,
         decode_setup, decode_picture, decode_speedup, decode_range, decode_dense, decode_roofline, decode_kernels,
-        decode_losses, decode_missing, train_setup, train_times, train_memory, long_verification, tried,
+        decode_losses, decode_missing, train_setup, train_times, train_memory, train_kl, long_verification, tried,
     )
 }  # fmt: skip

@@ -151,6 +151,50 @@ def dense_work(L: int, config: GSAConfig) -> Work:
     )
 
 
+def kl_loss_work(L: int, config: GSAConfig, *, mean_k: float | None = None, union: float = 0.0) -> Work:
+    """The KL loss over n pairs: all P in the warm-up, without `mean_k`; else the L·k selected ones.
+
+    A pair takes one attention logit per head, 2·d_h·H operations and H exponentials: once if the log-sum-exp is given,
+    as in the sparse phase; twice in the warm-up, where it has to be known first, because to keep P·H logits would cost
+    more than to compute them again. Then the score, 2·d_I·H_I operations and H_I sigmoids, and an exponential and a
+    logarithm. From memory, all inputs once. In the sparse phase B = 64/G queries share one pass over the U keys that
+    any of them selected, 2·(d_h·H_kv + d_I)·U bytes from L2.
+
+    Args:
+        mean_k: mean budget.
+        union: mean U over tiles of `tile_rows(config)` queries.
+    """
+    c, sparse = config, mean_k is not None
+    n = _kl_pairs(L, mean_k)
+    logits = 1 if sparse else 2
+    given = INT32 * n + FP32 * L * c.H if sparse else 0
+    return Work(
+        flop=n * 2 * (logits * c.d_h * c.H + c.d_I * c.H_I),
+        special=n * (logits * c.H + c.H_I + 2),
+        memory_bytes=BF16 * L * c.d_h * (c.H + c.H_kv) + _indexer_inputs(L, c) + given,
+        l2_bytes=L / tile_rows(c) * BF16 * (c.d_h * c.H_kv + c.d_I) * union,
+    )
+
+
+def kl_gradients_work(L: int, config: GSAConfig, *, mean_k: float | None = None, union: float = 0.0) -> Work:
+    """The gradients of the KL loss, with `kl_loss_work`: ∂L/∂I needs the scores again, once the student is normalised.
+
+    Of each pair the scores, H_I sigmoids and an exponential, and two more products, for the gradients of queries and
+    keys: 6·d_I·H_I operations. The teacher counts as kept at no cost. Gradients have the size of their inputs.
+    """
+    c, n = config, _kl_pairs(L, mean_k)
+    return Work(
+        flop=n * 6 * c.d_I * c.H_I,
+        special=n * (c.H_I + 1),
+        memory_bytes=2 * _indexer_inputs(L, c) + (0 if mean_k is None else INT32 * n),
+        l2_bytes=L / tile_rows(c) * BF16 * c.d_I * union,
+    )
+
+
+def _kl_pairs(L: int, mean_k: float | None) -> float:
+    return pairs(L) if mean_k is None else L * mean_k
+
+
 def decode_work(B: int, N: int, S: int, config: GSAConfig, *, mean_k: float, union: float) -> Work:
     """One step of B sequences: N queries each, at the end of S keys. Its bytes are those that no kernel can spare.
 

@@ -1,4 +1,4 @@
-"""`python -m gsa_fast bench train`: attention and gates forward and backward beside dense attention."""
+"""`python -m gsa_fast bench train`: attention and gates, and the indexer's KL loss, forward and backward."""
 
 import argparse
 from collections.abc import Iterator
@@ -10,10 +10,10 @@ from torch import Tensor
 
 import gsa_fast
 from gsa_fast._backend import INTERPRETED
-from gsa_fast.bench import patterns, prefill, records, rooflines, suite
+from gsa_fast.bench import kl, patterns, prefill, records, rooflines, suite
 from gsa_fast.bench.dense import BASELINES, dense_call
-from gsa_fast.bench.suite import D_H, K_BASE, H, Prepared, cell, device_works
-from gsa_fast.bench.timing import SECONDS, measure, measure_ceilings
+from gsa_fast.bench.suite import D_H, K_BASE, H, Prepared, Skipped, cell, device_works
+from gsa_fast.bench.timing import SECONDS, Timing, measure, measure_ceilings
 from gsa_ref import GSAConfig
 
 SUITE = "train"
@@ -22,6 +22,7 @@ KV_HEADS = (8,)
 SELECTIONS = ("clustered p=0.95", "random")
 QUICK_LENGTHS, QUICK_SELECTIONS, QUICK_SECONDS = (32768, 131072), ("clustered p=0.95",), 0.2
 IN_ORDER, ATOMIC = "gsa_fast", "gsa_fast atomic"  # how dk and dv are summed
+PARTS = ("attention", "kl_loss")
 
 
 @dataclass(frozen=True)
@@ -101,38 +102,57 @@ def prepare(case: Case, inputs: prefill.Inputs) -> Prepared:
 
 
 def run(
-    cases: list[Case], inputs: prefill.Inputs, *, seconds: float, where: dict[str, Any]
+    cases: list[Case | kl.Case], inputs: prefill.Inputs, *, seconds: float, where: dict[str, Any]
 ) -> Iterator[records.Record]:
     """Measure the ceilings, then every case, as `suite.run_cases` says."""
     ceilings, timings = measure_ceilings()
     yield from suite.ceiling_records(SUITE, ceilings, timings, where)
+    checked: set[kl.Case] = set()
+
+    def prepare_case(case: Case | kl.Case) -> Prepared:
+        return prepare(case, inputs) if isinstance(case, Case) else kl.prepare(case, inputs, checked)
+
+    def measure_case(case: Case | kl.Case, prepared: Prepared) -> Timing:
+        try:
+            return measure(prepared.call, graph=False, seconds=seconds)
+        except torch.OutOfMemoryError:
+            if isinstance(case, kl.Case) and case.is_baseline:
+                raise Skipped("left out: the reference does not fit in memory") from None
+            raise
+
     yield from suite.run_cases(
         SUITE,
         cases,
         ceilings,
         where,
-        title=lambda case: f"L={case.L} {case.selection or ''} {case.impl}",
-        prepare=lambda case: prepare(case, inputs),
-        measure=lambda case, prepared: measure(prepared.call, graph=False, seconds=seconds),
+        title=lambda case: f"L={case.L} {case.case} {case.selection or ''} {case.impl}",
+        prepare=prepare_case,
+        measure=measure_case,
         works=device_works,
     )
 
 
 def format_table(rows: list[records.Record], known: list[records.Record]) -> str:
-    """The table that people read: times over the cuDNN records among `known`, below 1 is faster."""
-    dense = {
-        (r["shape"]["L"], r["shape"]["H_kv"]): r["ms"]["median"] for r in known if r["impl"] == "cudnn" and r["ms"]
-    }
-    header = ("impl", "L", "H_kv", "selection", "ms [p20–p80]", "of cuDNN", "of roofline", "GiB")
+    """The table that people read: times over the baseline's among `known`, below 1 is faster.
+
+    The baseline is cuDNN's attention for attention, the reference for the KL loss.
+    """
+
+    def of_baseline(r: records.Record) -> tuple[Any, ...]:
+        selection = r["selection"] if r["case"].startswith("kl_") else None
+        return r["case"], selection, r["shape"]["L"], r["shape"]["H_kv"]
+
+    baselines = {of_baseline(r): r["ms"]["median"] for r in known if r["impl"] in ("cudnn", kl.REFERENCE) and r["ms"]}
+    header = ("case", "impl", "L", "H_kv", "selection", "ms [p20–p80]", "of baseline", "of roofline", "GiB")
     lines: list[tuple[str, ...]] = []
     for r in rows:
         if r["case"] == "ceiling":
             continue
-        lead = [r["impl"], *(cell(r["shape"][n]) for n in ("L", "H_kv")), cell(r["selection"])]
+        lead = [r["case"], r["impl"], *(cell(r["shape"][n]) for n in ("L", "H_kv")), cell(r["selection"])]
         if r["ms"] is None:
             lines.append((*lead, r["reason"], "", "", ""))
             continue
-        ms, over = r["ms"], dense.get((r["shape"]["L"], r["shape"]["H_kv"]))
+        ms, over = r["ms"], baselines.get(of_baseline(r))
         lines.append(
             (
                 *lead,
@@ -142,7 +162,7 @@ def format_table(rows: list[records.Record], known: list[records.Record]) -> str
                 f"{r['peak_bytes'] / 2**30:.2f}",
             )
         )
-    return suite.format_lines(header, lines, right={1, 2, 4, 5, 6, 7})
+    return suite.format_lines(header, lines, right={2, 3, 5, 6, 7, 8})
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -151,6 +171,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--selection", action="append", choices=patterns.SELECTIONS[:-1], help="only this pattern (may be repeated)"
     )
+    parser.add_argument("--case", action="append", choices=PARTS, help="only these cases (may be repeated)")
 
 
 def check_options(options: argparse.Namespace) -> str:
@@ -162,9 +183,13 @@ def main(options: argparse.Namespace, argv: list[str]) -> int:
     """Run the suite: 0 if every case ran, 1 if one failed, 2 without a GPU."""
     if suite.refuses(INTERPRETED):
         return 2
-    lengths = options.length or list(QUICK_LENGTHS if options.quick else LENGTHS)
+    parts, heads = options.case or PARTS, options.kv_heads or list(KV_HEADS)
     selections = options.selection or list(QUICK_SELECTIONS if options.quick else SELECTIONS)
-    cases = plan(lengths, options.kv_heads or list(KV_HEADS), selections)
+    cases: list[Case | kl.Case] = []
+    if "attention" in parts:
+        cases += plan(options.length or list(QUICK_LENGTHS if options.quick else LENGTHS), heads, selections)
+    if "kl_loss" in parts:
+        cases += kl.plan(options.length or list(kl.QUICK_LENGTHS if options.quick else kl.LENGTHS), heads, selections)
     seconds = QUICK_SECONDS if options.quick else SECONDS
     inputs = prefill.Inputs(options.seed)
     measured = lambda where: run(cases, inputs, seconds=seconds, where=where)  # noqa: E731
