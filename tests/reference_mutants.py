@@ -107,7 +107,12 @@ EXPLAINED: tuple[Explanation, ...] = (
         r"\+ (scores = torch\.zeros|z = .*\.to\(None\))",
         "the sum with the first head's term has its dtype and shape, and there is a head",
     ),
-    Explanation(EQUIVALENT, r"indexer\.LightningIndexer\.__init__", r"bias=None", "None is as false as False"),
+    Explanation(
+        EQUIVALENT,
+        r"(indexer\.LightningIndexer|layer\.GatedSparseAttention|model\.SwiGLU)\.__init__",
+        r"bias=None",
+        "None is as false as False",
+    ),
     Explanation(
         EQUIVALENT,
         r"equations\.training\.indexer_kl_gradient",
@@ -181,6 +186,30 @@ EXPLAINED: tuple[Explanation, ...] = (
         r"cache\.GSACache\.append",
         r"buffer is not None or new is not None",
         "both are None or neither: `check` has refused the rest",
+    ),
+    Explanation(
+        EQUIVALENT,
+        r"model\.LanguageModel\.(set_phase|update_mean_variance)",
+        r"cast\(None",
+        "`typing.cast` returns its second argument, whatever the first",
+    ),
+    Explanation(
+        EQUIVALENT,
+        r"model\.LanguageModel\.forward",
+        r"tokens\.masked_fill\(padding, 1\)",
+        "the embedding of padding is set to 0 next, whatever its token",
+    ),
+    Explanation(
+        EQUIVALENT,
+        r"theory\.complexity\.cost_line",
+        r"k \+ mean_k|c \+ mean_cost",
+        "deviations from a mean add up to 0: to one factor of a sum of products any number may be added",
+    ),
+    Explanation(
+        EQUIVALENT,
+        r"training\.captured_mass",
+        r"start, None\)(, scale, None\))?",
+        "lengths matter in rows of padding alone, and there the other one of p and the selection is 0",
     ),
     Explanation(
         EQUIVALENT,

@@ -3,11 +3,14 @@
 import copy
 import dataclasses
 import io
+import itertools
 import math
 import os
 import pickle
+import re
 import shutil
 from functools import partial
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -21,6 +24,7 @@ import gsa_ref.layer
 from gsa_ref import GatedSparseAttention, GSACache, GSAConfig, equations
 from tests.ref import oracle
 from tests.ref.models import SMALL, VARIANTS, build, close_layers, hidden, models
+from tests.ref.test_training import gold_loss
 
 BACKENDS = ["aot_eager"] + ["inductor"] * bool(shutil.which("g++") or shutil.which("clang++"))
 
@@ -174,9 +178,12 @@ def test_padding_is_zero_and_seen_by_nobody_whatever_it_holds(model, poison):
 @pytest.mark.parametrize("lengths", [[-3, 0, 50], [0, 0, 0]])
 def test_lengths_below_zero_and_above_the_batch_are_cut(variant, lengths):
     layer, h = build(SMALL.variant(variant)), hidden(3, 20, SMALL.d)
-    output = layer(h, lengths=int32(lengths)).hidden
-    expected = layer(h, lengths=int32([min(max(n, 0), 20) for n in lengths])).hidden
-    assert torch.equal(output, expected)
+    cut = [min(max(n, 0), 20) for n in lengths]
+    expected = layer(h, lengths=int32(cut)).hidden
+    assert torch.equal(layer(h, lengths=int32(lengths)).hidden, expected)
+    cache = GSACache.allocate(layer.config, 3, 20, dtype=torch.float64)
+    assert torch.equal(layer(h, lengths=int32(lengths), cache=cache).hidden, expected)
+    assert cache.lengths.tolist() == cut
 
 
 @pytest.mark.pitfall("length-zero")
@@ -205,6 +212,115 @@ def test_transposed_hidden_states_are_read_by_their_strides():
     """Sequence-first memory, as some libraries keep it."""
     layer, h = build(SMALL), hidden(2, 30, SMALL.d)
     assert close_layers(layer(h.transpose(0, 1).contiguous().transpose(0, 1)).hidden, layer(h).hidden)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_a_ragged_batch_goes_on_behind_what_its_cache_holds(variant):
+    """Against the equations on whole sequences; RoPE, also of the indexer, of another base than the default."""
+    layer, h = build(dataclasses.replace(SMALL, indexer_rope=True, rope_theta=50.0).variant(variant)), hidden(2, 30, 16)
+    cache, prompts = GSACache.allocate(layer.config, 2, 32, dtype=torch.float64), [20, 11]
+    layer(h[:, :20], cache=cache, lengths=int32(prompts))
+    output = layer(torch.stack([h[b, n : n + 4] for b, n in enumerate(prompts)]), cache=cache)
+    assert output.cache is cache
+    assert output.indexer_loss is None
+    for b, n in enumerate(prompts):
+        expected = torch.from_numpy(oracle.layer_output(layer, h[b : b + 1, : n + 4]))[:, n:]
+        assert close_layers(output.hidden[b : b + 1], expected)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize("lengths", [None, [20, 7]])
+def test_all_that_the_layer_computes_is_on_the_device_of_its_input(variant, training, lengths):
+    """The meta device stands for a GPU: an operation on tensors of both devices is refused there too."""
+    layer, h = build(SMALL.variant(variant)).to("meta").train(training), hidden(2, 20, SMALL.d).to("meta")
+    output = layer(h, lengths=None if lengths is None else int32(lengths).to("meta"))
+    assert output.hidden.is_meta
+    assert output.hidden.shape == h.shape
+
+
+# --- phases and the indexer's loss, beside those in test_training -------------------------------------------------
+
+
+def learning(module: torch.nn.Module) -> set[str]:
+    return {name for name, parameter in module.named_parameters() if parameter.requires_grad}
+
+
+@pytest.mark.parametrize("variant", ["sparse", "gsa"])
+def test_a_phase_chooses_the_parameters_that_learn(variant):
+    layer = GatedSparseAttention(SMALL.variant(variant))
+    everything = {name for name, _ in layer.named_parameters()}
+    assert (layer.phase, learning(layer)) == ("sparse", everything)
+    for phase in ("warm_up", "sparse"):
+        layer.set_phase(phase)
+        assert layer.phase == phase
+        assert learning(layer) == {n for n in everything if phase == "sparse" or n.startswith("indexer.")}
+
+
+@pytest.mark.bad_input
+@pytest.mark.parametrize(
+    ("variant", "phase", "exception", "message"),
+    [
+        ("gsa", "dense", ValueError, "phase: expected warm_up or sparse, got 'dense'"),
+        ("gsa", None, TypeError, "phase: expected a str, got NoneType None"),
+        ("gated", "warm_up", ValueError, 'phase: expected "sparse" for a layer without an indexer, got "warm_up"'),
+    ],
+)
+def test_a_phase_that_the_layer_lacks_is_refused_and_changes_nothing(variant, phase, exception, message):
+    layer = GatedSparseAttention(SMALL.variant(variant))
+    everything = learning(layer)
+    layer.set_phase("sparse")  # which every layer has
+    with pytest.raises(exception, match=f"^{message}$"):
+        layer.set_phase(phase)
+    assert (layer.phase, learning(layer)) == ("sparse", everything)
+
+
+@pytest.mark.parametrize("phase", ["warm_up", "sparse"])
+def test_the_loss_of_a_ragged_batch_is_that_of_the_equations(phase):
+    layer, h, lengths = build(dataclasses.replace(SMALL, kl_temperature=0.3)).train(), hidden(3, 20, 16), [20, 7, 0]
+    layer.set_phase(phase)
+    loss = layer(h, lengths=int32(lengths)).indexer_loss.detach()
+    assert math.isclose(loss, gold_loss(layer, h, lengths, dense=phase == "warm_up"), rel_tol=1e-9, abs_tol=0)
+
+
+def test_evaluation_attends_sparsely_in_the_warm_up_too():
+    layer, h = build(SMALL), hidden(1, 40, SMALL.d)
+    layer.set_phase("warm_up")
+    output = layer(h)
+    assert output.indexer_loss is None
+    assert close_layers(output.hidden, torch.from_numpy(oracle.layer_output(layer, h)))
+
+
+@pytest.mark.bad_input
+def test_training_refuses_a_cache_and_says_why():
+    layer, cache = build(SMALL).train(), GSACache.allocate(SMALL, 2, 20, dtype=torch.float64)
+    message = "cache: expected None in training mode (a cache carries no gradient), got a GSACache"
+    with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
+        layer(hidden(2, 20, SMALL.d), cache=cache)
+
+
+# --- CUDA graphs, with stand-ins for what needs a GPU -------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("on_gpu", "compiling", "recording"), [*itertools.product((False, True), repeat=3)])
+def test_a_graph_is_captured_where_a_gpu_records_and_nobody_compiles(monkeypatch, on_gpu, compiling, recording):
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: compiling)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: recording)
+    captured = gsa_ref.layer._is_capturing(SimpleNamespace(is_cuda=on_gpu))
+    assert captured == ((on_gpu, compiling, recording) == (True, False, True))
+
+
+@pytest.mark.bad_input
+def test_a_captured_step_that_reads_a_part_of_the_cache_is_refused_and_says_what_to_capture(monkeypatch):
+    layer, cache = build(SMALL), GSACache.allocate(SMALL, 2, 20, dtype=torch.float64)
+    monkeypatch.setattr(gsa_ref.layer, "_is_capturing", lambda x: x.shape[0] == 2)
+    message = (
+        "cache: a captured CUDA graph would read as many tokens at every replay as the cache holds now; "
+        "capture steps of gsa_fast.decode_attention only, which reads whole buffers"
+    )
+    with pytest.raises(RuntimeError, match=f"^{re.escape(message)}$"):
+        layer(hidden(2, 1, SMALL.d), cache=cache)
 
 
 # --- V̄ ------------------------------------------------------------------------------------------------------------
@@ -333,6 +449,55 @@ def test_the_running_mean_stays_in_float32_when_the_layer_is_converted(dtype):
     layer.update_mean_variance()
     assert layer.mean_variance.dtype == torch.float32
     assert 0.99 <= layer.mean_variance < 0.9999
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_the_state_of_the_mean_has_its_own_dtypes_whatever_the_default(dtype):
+    """float32, and a count of rows that adds up exactly."""
+    default = torch.get_default_dtype()
+    try:
+        torch.set_default_dtype(dtype)
+        layer = GatedSparseAttention(SMALL)
+    finally:
+        torch.set_default_dtype(default)
+    assert layer.W_q.weight.dtype == dtype
+    assert layer.mean_variance.dtype == layer.pending_variance_sum.dtype == torch.float32
+    assert layer.pending_variance_count.dtype == torch.int64
+
+
+def test_the_mean_and_the_pending_rows_move_with_the_layer():
+    """A change of dtype keeps the rows, the way through the meta device, which holds no values, forgets them."""
+    layer = build(SMALL).train()
+    layer(hidden(2, 20, SMALL.d))
+    mean, total = layer.mean_variance.clone(), layer.pending_variance_sum.clone()
+    layer.to(torch.bfloat16)
+    assert torch.equal(layer.mean_variance, mean)
+    assert torch.equal(layer.pending_variance_sum, total)
+    assert layer.pending_variance_count == 40
+
+    def state() -> list[torch.Tensor]:
+        return [layer.mean_variance, layer.pending_variance_sum, layer.pending_variance_count]
+
+    layer.to("meta", torch.float16)
+    assert all(x.is_meta for x in state())
+    layer.to_empty(device="cpu")
+    assert [x.device.type for x in state()] == ["cpu"] * 3
+    assert [x.dtype for x in state()] == [torch.float32, torch.float32, torch.int64]
+    assert (layer.pending_variance_sum, layer.pending_variance_count) == (0, 0)
+
+
+def test_pending_rows_start_at_zero_where_loading_brings_the_mean():
+    with torch.device("meta"):
+        layer = GatedSparseAttention(SMALL)
+    layer.load_state_dict(GatedSparseAttention(SMALL).state_dict(), assign=True)
+    assert (layer.pending_variance_sum, layer.pending_variance_count) == (0, 0)
+    assert not layer.pending_variance_sum.is_meta
+
+
+def test_moving_the_layer_alone_leaves_its_parts_where_they_are():
+    layer = GatedSparseAttention(SMALL).to_empty(device="meta", recurse=False)
+    assert layer.mean_variance.is_meta
+    assert not any(parameter.is_meta for parameter in layer.parameters())
 
 
 # --- gradients ----------------------------------------------------------------------------------------------------

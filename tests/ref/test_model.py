@@ -468,3 +468,19 @@ def test_training_with_gradients_refuses_caches():
     with pytest.raises(ValueError, match="cache: expected None in training mode"):
         model(TOKENS, caches=caches)
     assert not caches[0].k.any()
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_all_that_a_model_computes_is_on_the_device_of_its_weights(variant):
+    """The meta device stands for a GPU: an operation on tensors of both devices is refused there too."""
+    model = build_model(variant).to("meta")
+    tokens = torch.zeros(2, 5, dtype=torch.int64, device="meta")
+    assert model(tokens, lengths=torch.zeros(2, dtype=torch.int32, device="meta")).logits.is_meta
+    assert all(cache.k.is_meta and cache.lengths.is_meta for cache in model.allocate_caches(2, 5))
+
+
+@pytest.mark.bad_input
+def test_what_is_no_cache_is_refused_with_its_type():
+    model = build_model("gsa").eval()
+    with pytest.raises(TypeError, match=r"^caches: expected a sequence of GSACache, got one of int$"):
+        model(torch.zeros(2, 5, dtype=torch.int64), caches=[3] * len(model.blocks))
