@@ -189,6 +189,42 @@ EXPLAINED: tuple[Explanation, ...] = (
     ),
     Explanation(
         EQUIVALENT,
+        r"layer\.GatedSparseAttention\._apply",
+        r"recurse=(None|True)",
+        "None is as false as False; and no part of the layer has a buffer of its own",
+    ),
+    Explanation(
+        EQUIVALENT,
+        r"layer\.GatedSparseAttention\.forward",
+        r"\+ n_new = torch\.full\(\(B,\), L, (dtype=None, )?device",
+        "integers that are compared, or added to int32 in place",
+    ),
+    Explanation(
+        EQUIVALENT,
+        r"layer\.GatedSparseAttention\.forward",
+        r"padding\[\.\.\., None\], 1\)",
+        "nobody sees padding, and its output is set to 0",
+    ),
+    Explanation(
+        EQUIVALENT,
+        r"layer\.GatedSparseAttention\._attend",
+        r"selection, (start=None, )?output_gate_logits",
+        "a selection holds visible tokens alone; start is for kernels, which choose their tiles by it",
+    ),
+    Explanation(
+        EQUIVALENT,
+        r"layer\.GatedSparseAttention\._attend",
+        r"^[-+] lse=(lse|None),$",
+        "without it the loss computes the same sum from q and k once more",
+    ),
+    Explanation(
+        EQUIVALENT,
+        r"layer\.GatedSparseAttention\._attend",
+        r"^- start=start,$",
+        "the loss is computed without a cache only, where start is 0",
+    ),
+    Explanation(
+        EQUIVALENT,
         r"model\.LanguageModel\.(set_phase|update_mean_variance)",
         r"cast\(None",
         "`typing.cast` returns its second argument, whatever the first",
