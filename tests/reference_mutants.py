@@ -243,12 +243,6 @@ EXPLAINED: tuple[Explanation, ...] = (
     ),
     Explanation(
         EQUIVALENT,
-        r"training\.captured_mass",
-        r"start, None\)(, scale, None\))?",
-        "lengths matter in rows of padding alone, and there the other one of p and the selection is 0",
-    ),
-    Explanation(
-        EQUIVALENT,
         r"generation\.sample",
         r"\+ .*(\(|=)\+1[,)]|excess, \+1|\.sort\(descending",
         "of two axes 1 is the last, and the last is the default",
@@ -279,21 +273,9 @@ EXPLAINED: tuple[Explanation, ...] = (
     ),
     Explanation(
         EQUIVALENT,
-        r"equations\.training\.indexer_kl_(loss|gradient)",
-        r"start=start, (length=None)?\)",
-        "a row that counts sees no position at or past the length",
-    ),
-    Explanation(
-        EQUIVALENT,
         r"equations\.training\.indexer_kl_loss",
         r"zip\(p\[t\], student, (strict=(None|False))?\)",
         "the two have one length: both run over the positions of the row",
-    ),
-    Explanation(
-        EQUIVALENT,
-        r"training\.indexer_kl_loss",
-        r"start=start, (lengths=None)?\) # Eq\. 7",
-        "what lies at or past the lengths is masked next, with all that a row does not run over",
     ),
     Explanation(
         EQUIVALENT,
@@ -316,8 +298,8 @@ EXPLAINED: tuple[Explanation, ...] = (
     Explanation(
         EQUIVALENT,
         r"training\.captured_mass",
-        r"\+ check_(attention_arguments\(.*start=None|start\(start, \{)",
-        "the other of the two checks looks at start as well",
+        r"\+ check_start\(start, \{\"(XXBXX|b)\"",
+        "check_attention_arguments has looked at its shape already",
     ),
     Explanation(
         EQUIVALENT,

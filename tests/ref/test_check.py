@@ -167,7 +167,7 @@ def test_score_verdict_of_nothing_passes():
     ],
 )
 def test_a_score_verdict_says_what_and_by_how_much(scores, expected):
-    assert check.score_verdict(scores, GOLD, np.full((1, 3), 0.25)) == check.Verdict(*expected)
+    assert check.score_verdict(np.array(scores), GOLD, np.full((1, 3), 0.25)) == check.Verdict(*expected)
 
 
 def test_a_score_verdict_reports_the_score_that_is_nearest_its_own_bound():
@@ -373,15 +373,17 @@ def test_a_nan_tolerance_at_a_nan_score_excuses_nothing():
     assert check.topk_certificate(np.arange(4), 4, scores, epsilon, 9)
 
 
-def test_the_certificate_takes_lists_and_counts_near_its_own_threshold():
-    scores = [3.0, 2.0, 1.0, 0.75, -math.inf]
-    assert check.topk_certificate([0, 1], 2, scores, 0.25, 2).near_threshold == 1  # 2 alone: the κ-th score from above
-    assert check.topk_certificate([0, 1, 2], 3, scores, 0.25, 3).near_threshold == 2  # 0.75 is within 2ε of 1
+def test_the_certificate_counts_what_is_near_its_own_threshold():
+    scores = np.array([3.0, 2.0, 1.0, 0.75, -math.inf])
+    assert (
+        check.topk_certificate(np.array([0, 1]), 2, scores, 0.25, 2).near_threshold == 1
+    )  # 2 alone: the κ-th score from above
+    assert check.topk_certificate(np.array([0, 1, 2]), 3, scores, 0.25, 3).near_threshold == 2  # 0.75 is within 2ε of 1
     far = np.array([3.0, 2.0, 1.0, 0.4, -math.inf])  # 0.6 off: within 3ε of 1, not within 2ε
     assert check.topk_certificate(np.array([0, 1, 2]), 3, far, 0.25, 3).near_threshold == 1
-    tail = check.topk_certificate([0, 1, 7, -1], 2, scores, 0.25, 2)
+    tail = check.topk_certificate(np.array([0, 1, 7, -1]), 2, scores, 0.25, 2)
     assert tail.reason == "tail holds 7, expected −1"
-    assert check.topk_certificate([0, 1, -1, 7], 2, scores, 0.25, 2).reason == "tail holds 7, expected −1"
+    assert check.topk_certificate(np.array([0, 1, -1, 7]), 2, scores, 0.25, 2).reason == "tail holds 7, expected −1"
 
 
 def test_the_certificate_counts_what_rounding_may_decide():

@@ -303,6 +303,7 @@ def test_training_refuses_a_cache_and_says_why():
 # --- CUDA graphs, with stand-ins for what needs a GPU -------------------------------------------------------------
 
 
+@pytest.mark.bad_input
 @pytest.mark.parametrize(("on_gpu", "compiling", "recording"), [*itertools.product((False, True), repeat=3)])
 def test_a_graph_is_captured_where_a_gpu_records_and_nobody_compiles(monkeypatch, on_gpu, compiling, recording):
     monkeypatch.setattr(torch.compiler, "is_compiling", lambda: compiling)

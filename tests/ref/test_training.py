@@ -844,3 +844,50 @@ def test_captured_mass_counts_what_lies_below_the_lengths_at_the_given_scale():
         assert not selected[0, 3]  # padding
     behind = captured_mass(q, k, selection, scale=2.0, start=1, lengths=torch.tensor([3], dtype=torch.int32))
     assert float(behind[0][0, 2]) == 0  # row 2 is position 3: padding now
+
+
+def test_captured_mass_by_hand():
+    """Two heads that weigh two keys 1 : 1 and 1 : 3. Query 0 sees one of them; query 2, behind both, is padding."""
+    q, k = torch.tensor([[[[0.0], [1.0]]] * 3]), torch.tensor([[[[0.0]], [[math.log(3)]]]])
+    first = Selection(torch.zeros(1, 3, 1, dtype=torch.int32), torch.ones(1, 3, dtype=torch.int32))
+    selected, best = captured_mass(q, k, first, scale=1.0)
+    assert torch.allclose(selected, torch.tensor([[1, (1 / 2 + 1 / 4) / 2, 0]]))
+    assert torch.allclose(best, torch.tensor([[1, (1 / 2 + 3 / 4) / 2, 0]]))
+
+
+def test_the_last_position_that_int32_holds_is_a_start_of_captured_mass():
+    """However many heads there are. Lengths may lie behind the last key; a selection of all keys holds everything."""
+    selection = Selection(torch.arange(3, dtype=torch.int32).expand(1, 2, 3), torch.full((1, 2), 3, dtype=torch.int32))
+    q, k = torch.ones(1, 2, 4, 2), torch.ones(1, 3, 2, 2)
+    for x in captured_mass(q, k, selection, start=2**31 - 3, lengths=torch.tensor([2**31 - 1], dtype=torch.int32)):
+        assert torch.allclose(x, torch.ones(1, 2))
+
+
+def test_a_row_of_padding_captures_nothing_whatever_it_holds():
+    q = torch.ones(1, 3, 1, 2)
+    q[0, 2] = math.nan
+    selection = Selection(torch.zeros(1, 3, 1, dtype=torch.int32), torch.ones(1, 3, dtype=torch.int32))
+    for x in captured_mass(q, torch.ones(1, 3, 1, 2), selection, lengths=torch.tensor([2], dtype=torch.int32)):
+        assert x[0, 2] == 0
+
+
+def test_queries_behind_the_last_key_learn_from_all_keys():
+    """`lengths` counts positions, of which the last may lie behind the keys that are given."""
+    g = torch.Generator().manual_seed(0)
+    shapes = {"q_idx": (2, 2, 4), "k_idx": (3, 4), "head_logits": (2, 2), "bias": (2,), "q": (2, 2, 4), "k": (3, 1, 4)}
+    x = {name: torch.randn(shape, generator=g, dtype=torch.float64) for name, shape in shapes.items()}
+    arrays = {name: value.numpy() for name, value in x.items()}
+    options = {"indexer_scale": 0.5, "temperature": 0.3, "start": 5}
+    expected = gsa_ref.equations.indexer_kl_loss(**arrays, **options, length=7)
+    everything = gsa_ref.equations.indexer_kl_loss(
+        **arrays, **options | {"start": 2}, length=4
+    )  # both rows see all keys
+    assert expected == pytest.approx(everything, rel=1e-12)
+    gradient = gsa_ref.equations.indexer_kl_gradient(**arrays, **options, length=7)
+    for a, b in zip(
+        gradient, gsa_ref.equations.indexer_kl_gradient(**arrays, **options | {"start": 2}, length=4), strict=True
+    ):
+        np.testing.assert_allclose(a, b, rtol=1e-9, atol=1e-15)
+    batch = {name: value if name == "bias" else value[None] for name, value in x.items()}
+    loss = indexer_kl_loss(**batch, **options, lengths=torch.tensor([7], dtype=torch.int32))
+    assert float(loss) == pytest.approx(expected, rel=1e-12)
