@@ -231,12 +231,6 @@ EXPLAINED: tuple[Explanation, ...] = (
     ),
     Explanation(
         EQUIVALENT,
-        r"model\.LanguageModel\.forward",
-        r"tokens\.masked_fill\(padding, 1\)",
-        "the embedding of padding is set to 0 next, whatever its token",
-    ),
-    Explanation(
-        EQUIVALENT,
         r"theory\.complexity\.cost_line",
         r"k \+ mean_k|c \+ mean_cost",
         "deviations from a mean add up to 0: to one factor of a sum of products any number may be added",
@@ -246,12 +240,6 @@ EXPLAINED: tuple[Explanation, ...] = (
         r"generation\.sample",
         r"\+ .*(\(|=)\+1[,)]|excess, \+1|\.sort\(descending",
         "of two axes 1 is the last, and the last is the default",
-    ),
-    Explanation(
-        EQUIVALENT,
-        r"generation\.sample",
-        r"descending=True, (stable=(None|False))?\)",
-        "PyTorch's sort is stable on a CPU in any case; on a GPU it need not be",
     ),
     Explanation(
         EQUIVALENT,
@@ -346,14 +334,8 @@ EXPLAINED: tuple[Explanation, ...] = (
     Explanation(
         EQUIVALENT,
         r"check\.(score_verdict|topk_certificate|error_budget)",
-        r"\+ .*np\.asarray\((scores|tolerance|x), (None)?\)",
-        "the other operand of each sum, difference and comparison is float64 already",
-    ),
-    Explanation(
-        EQUIVALENT,
-        r"check\.budget_interval",
-        r"end / nudge",
-        "up to 2^-44, the reciprocals of the two factors are the two factors",
+        r"\+ .*np\.asarray\((scores|x), (None)?\)",
+        "gold is float64, and makes each sum, difference and comparison that",
     ),
     Explanation(
         EQUIVALENT,

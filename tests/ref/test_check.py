@@ -300,6 +300,14 @@ def test_the_budget_interval_leaves_room_for_two_roundings_and_no_more():
             assert found[0] == expected
 
 
+def test_the_ends_of_the_budget_interval_are_multiplied_by_their_roundings():
+    """Sizes that make the interval of V exactly [½, 3/2]; at V̄ = an end with its rounding the ratio is exactly 1."""
+    row, nothing, n = np.array([1.0]), np.array([0.0]), np.array([16 * (2**22 - 24)])
+    sizes = {"k_base": 2**22, "k_min": 1, "k_max": 2**26, "rule": "inverse"}
+    for end, mean in ((0, 1.5 * (1 + 2.0**-22)), (1, 0.5 * (1 - 2.0**-22))):
+        assert check.budget_interval(row, nothing, nothing, mean, n, **sizes)[end] == 2**22
+
+
 def test_the_budget_interval_closes_when_nothing_is_uncertain():
     for variance, expected in ((0.5, 50), (1.004, 100), (2.0, 200)):
         row = np.array([variance + 1e-4]), np.array([0.0]), np.array([0.0])
@@ -392,6 +400,12 @@ def test_the_certificate_counts_what_rounding_may_decide():
     assert certificate
     assert certificate.near_threshold == 3
     assert check.topk_certificate(np.array([0, 2]), 2, scores, 0.0, 2).near_threshold == 1
+
+
+def test_a_tolerance_of_few_bits_counts_as_the_numbers_that_it_holds():
+    """Twice 40000 is no number of float16; 131008 lies further from the threshold than that."""
+    scores, tolerance = np.array([65504.0, -65504.0]), np.full(2, 40000.0, np.float16)
+    assert check.topk_certificate(np.array([0]), 1, scores, tolerance, 1).near_threshold == 1
 
 
 # --- tolerances of attention and gates ----------------------------------------------------------------------------

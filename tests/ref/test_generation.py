@@ -237,8 +237,11 @@ def test_no_temperature_and_no_nucleus_give_the_argmax(dtype, sampling):
     assert torch.equal(sample(logits, **sampling), logits.argmax(-1))
 
 
-def test_among_equal_tokens_the_lower_one_enters_the_nucleus():
-    assert set(sample(torch.zeros(500, 4), temperature=1.0, top_p=0.5, generator=seeded()).tolist()) == {0, 1}
+@pytest.mark.parametrize("V", [4, 256])
+def test_among_equal_tokens_the_lower_one_enters_the_nucleus(V):
+    """Up to 16 tokens the sort of PyTorch on a CPU is stable without being asked."""
+    drawn = sample(torch.zeros(5000, V), temperature=1.0, top_p=0.5, generator=seeded())
+    assert set(drawn.tolist()) == set(range(V // 2))
 
 
 # --- bad input, beside the table in test_arguments ----------------------------------------------------------------

@@ -484,3 +484,8 @@ def test_what_is_no_cache_is_refused_with_its_type():
     model = build_model("gsa").eval()
     with pytest.raises(TypeError, match=r"^caches: expected a sequence of GSACache, got one of int$"):
         model(torch.zeros(2, 5, dtype=torch.int64), caches=[3] * len(model.blocks))
+
+
+def test_padding_may_hold_anything_where_there_is_one_token():
+    model = LanguageModel(dataclasses.replace(CONFIG, vocab=1)).eval()
+    assert model(torch.tensor([[0, 0, 7]]), lengths=int32(2)).logits.shape == (1, 3, 1)
