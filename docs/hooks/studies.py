@@ -23,7 +23,7 @@ BUDGET = {"rule", "k_base", "k_min", "k_max"}
 SIZES = ("d", "n_layers", "d_ff", "H", "H_kv", "d_h", "H_I", "d_I", "context", "batch", "k_base", "k_min", "k_max")
 QUIET = 50  # first steps of a run, in which no spike is looked for: BEFORE of experiments/runner.py
 STABLE = (1.05, 1.1, 1.2, 1.5)  # how many times its best loss a variant's loss may be at a stable learning rate
-NEAR = 1.05  # mean budgets within this factor are compared
+NEAR = 1.1  # mean budgets within this factor are compared
 # Ages of selected tokens: bin 0 is age 0, bin b ≥ 1 is 2^(b−1) to 2^b − 1.
 AGES = ((0, 4), (5, 7), (8, 9), (10, 10), (11, 11), (12, 99))
 
