@@ -153,12 +153,7 @@ def prepare(case: Case, inputs: prefill.Inputs, checked: set[Case]) -> Prepared:
     sizes, fields = {}, {}
     if case.selection is not None:
         of_16, of_tile = (inputs.overlap(L, K_BASE, case.selection, n) for n in (16, rooflines.tile_rows(c)))
-        sizes = {"mean_k": of_tile.mean_k, "union": of_tile.union}
-        fields = {
-            "mean_k": of_16.mean_k,
-            "union_over_k": of_16.union_over_k,
-            "p_eff": patterns.effective_fraction(of_16.union_over_k),
-        }
+        sizes, fields = of_tile.sizes, patterns.overlap_fields(of_16)
     stages = [rooflines.kl_loss_work(L, c, **sizes)]
     if case.passes == FORWARD_BACKWARD:
         stages.append(rooflines.kl_gradients_work(L, c, **sizes))

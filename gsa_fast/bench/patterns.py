@@ -151,6 +151,11 @@ class Overlap:
     union: float
     union_over_k: float
 
+    @property
+    def sizes(self) -> dict[str, float]:
+        """What `rooflines` takes of it."""
+        return {"mean_k": self.mean_k, "union": self.union}
+
 
 def union_sizes(positions: Tensor) -> Tensor:
     """How many different positions each row holds, negative ones aside: [R, n] to int64 [R]."""
@@ -179,6 +184,15 @@ def measure_overlap(selection: Selection, rows: int, *, samples: int = 256, seed
 def effective_fraction(union_over_k: float, rows: int = 16) -> float:
     """p_eff = (B − U/k)/(B − 1): the common fraction at which B selections with no other overlap have this union."""
     return (rows - union_over_k) / (rows - 1)
+
+
+def overlap_fields(of_16: Overlap) -> dict[str, float]:
+    """What a record says of a selection, by the overlap over tiles of 16 queries."""
+    return {
+        "mean_k": of_16.mean_k,
+        "union_over_k": of_16.union_over_k,
+        "p_eff": effective_fraction(of_16.union_over_k),
+    }
 
 
 @dataclass(frozen=True)

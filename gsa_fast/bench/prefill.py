@@ -188,16 +188,14 @@ def prepare(case: Case, inputs: Inputs) -> Prepared:
     rows = rooflines.tile_rows(c)
     of_16, of_tile = (inputs.overlap(L, case.k_base, case.selection, n) for n in (16, rows))
     fields = {
-        "mean_k": of_16.mean_k,
-        "union_over_k": of_16.union_over_k,
-        "p_eff": patterns.effective_fraction(of_16.union_over_k),
+        **patterns.overlap_fields(of_16),
         "tile_rows": rows,
         "tile_union_over_k": of_tile.union_over_k,
         "method": gsa_fast.explain_choice(
             L=L, S=L, K=pattern.indices.shape[-1], H=c.H, H_kv=c.H_kv, d_h=c.d_h, dtype=inputs.dtype
         ).method,
     }
-    sizes = {"mean_k": of_tile.mean_k, "union": of_tile.union}
+    sizes = of_tile.sizes
     q, k, v = attention.q, attention.k, attention.v
     if case.case == "attention":
         return Prepared(

@@ -87,18 +87,13 @@ def prepare(case: Case, inputs: prefill.Inputs) -> Prepared:
         out, _ = gsa_fast.sparse_attention(**tensors, selection=pattern, deterministic=deterministic, impl="triton")
         return torch.autograd.grad(out, list(tensors.values()), dout)
 
-    sizes = {"mean_k": of_tile.mean_k, "union": of_tile.union}
+    sizes = of_tile.sizes
     stages = [
         rooflines.gates_work(L, c),
         rooflines.attention_work(L, c, **sizes, output_gate=True),
         rooflines.attention_backward_work(L, c, **sizes, deterministic=deterministic),
     ]
-    fields = {
-        "mean_k": of_16.mean_k,
-        "union_over_k": of_16.union_over_k,
-        "p_eff": patterns.effective_fraction(of_16.union_over_k),
-    }
-    return Prepared(call_ours, stages, fields)
+    return Prepared(call_ours, stages, patterns.overlap_fields(of_16))
 
 
 def run(
