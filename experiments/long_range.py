@@ -40,8 +40,8 @@ SIZES: dict[str, Any] = {
     "rule": "fixed", "k_base": 64, "k_min": 64, "k_max": 64, "kl_temperature": 0.1,
     "context": 512, "batch": 64, "steps": 1500, "lr": 2e-3, "lr_warm_up": 50,
 }  # fmt: skip
-# Which value belongs to which key is found late, after thousands of steps in which the loss hardly moves; the size of
-# the model and of the batch matter little. So recall has a small model, few tokens at a step, and many steps.
+# Which value belongs to which key is found late, after thousands of steps in which the loss hardly moves. So recall has
+# many steps, and that they cost little, a small model and few tokens at a step.
 RECALL: dict[str, Any] = {
     "d": 64, "n_layers": 2, "d_ff": 128, "H": 2, "H_kv": 2, "d_h": 32, "d_I": 32,
     "k_base": 8, "k_min": 8, "k_max": 8, "context": 64, "batch": 32, "steps": 12000,

@@ -14,7 +14,7 @@ import statistics
 import sys
 import time
 import traceback
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any
@@ -82,9 +82,9 @@ def kept(settings: Settings) -> dict[str, Any]:
     return {name: value for name, value in vars(settings).items() if name not in PLACE}
 
 
-def chosen(study: dict[str, Any], options: argparse.Namespace) -> list[str]:
-    """The names of a study that `--only` fits, or all."""
-    return [name for name in study if not options.only or any(part in name for part in options.only)]
+def chosen(names: Iterable[str], options: argparse.Namespace) -> list[str]:
+    """The names of runs that `--only` fits, or all."""
+    return [name for name in names if not options.only or any(part in name for part in options.only)]
 
 
 def run_all(

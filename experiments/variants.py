@@ -75,23 +75,21 @@ def of_sweep(variant: str, records: dict[str, dict[str, Any]]) -> list[dict[str,
     return [r for n, r in records.items() if n.startswith("sweep_") and r["settings"]["variant"] == variant]
 
 
-def names(smoke: bool) -> list[str]:
-    """Those of the runs of the main table."""
-    return [
-        f"{variant}_{seed}" for seed in range(2 if smoke else SEEDS) for variant in ("gsa", "sparse", "gated", "dense")
-    ]
+def runs_of_table(smoke: bool) -> dict[str, tuple[str, int]]:
+    """Variant and seed of each run of the main table, by its name; a seed of all variants before the next one."""
+    seeds = range(2 if smoke else SEEDS)
+    return {f"{variant}_{seed}": (variant, seed) for seed in seeds for variant in ("gsa", "sparse", "gated", "dense")}
 
 
 def main_table(smoke: bool, records: dict[str, dict[str, Any]]) -> dict[str, Settings]:
-    """Each variant at its best learning rate, with every seed; a seed of all variants before the next one."""
+    """Each variant at its best learning rate, with every seed."""
     shared = base(smoke) if smoke else base(smoke, steps=STEPS)
-    found = {}
-    for name in names(smoke):
-        variant, seed = name.split("_")
-        found[name] = runner.settings_of(
-            shared, variant=variant, seed=int(seed), lr=best_rate(variant, records), impl=implementation(variant, smoke)
+    return {
+        name: runner.settings_of(
+            shared, variant=variant, seed=seed, lr=best_rate(variant, records), impl=implementation(variant, smoke)
         )
-    return found
+        for name, (variant, seed) in runs_of_table(smoke).items()
+    }
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -104,7 +102,7 @@ def main(argv: list[str] | None = None) -> int:
         trials = {} if options.no_sweep else sweep(options.smoke)
         if runner.chosen(trials, options):
             records |= runner.run_all(trials, options, COMMAND)
-            if not runner.chosen(dict.fromkeys(names(options.smoke)), options):  # a part of the sweep alone
+            if not runner.chosen(runs_of_table(options.smoke), options):  # a part of the sweep alone
                 return 0
         table = main_table(options.smoke, records)
         found = runner.run_all(table, options, COMMAND)

@@ -717,7 +717,7 @@ def test_stored_speed_records_have_the_expected_form(name: str):
     }[name]
     for directive, make in speed.DIRECTIVES.items():
         if directive.startswith(wanted):
-            assert make(ROOT) or directive == "train_kl", directive  # whose records came later than the others
+            assert make(ROOT) or directive == "train_kl", directive  # which is nothing until it is measured
     text = (ROOT / path).read_text(encoding="utf-8")
     assert not re.search(r"/(home|root|tmp|work|usr)/", text)  # no path of a machine
 

@@ -24,6 +24,7 @@ SIZES = ("d", "n_layers", "d_ff", "H", "H_kv", "d_h", "H_I", "d_I", "context", "
 QUIET = 50  # first steps of a run, in which no spike is looked for: BEFORE of experiments/runner.py
 STABLE = (1.05, 1.1, 1.2, 1.5)  # how many times its best loss a variant's loss may be at a stable learning rate
 NEAR = 1.1  # mean budgets within this factor are compared
+LEARNT = 0.9  # a task is learnt from the step on at which more of the answers of the training batches are right
 # Ages of selected tokens: bin 0 is age 0, bin b ≥ 1 is 2^(b−1) to 2^b − 1.
 AGES = ((0, 4), (5, 7), (8, 9), (10, 10), (11, 11), (12, 99))
 
@@ -723,9 +724,6 @@ def long_range_table(root: Path, measure: str) -> str:
         if set(cells) != {"–"}:
             rows.append([task, variant, str(len(runs)), *cells])
     return table(["task", "variant", "seeds", *(length(L) for L in lengths)], rows, left=2)
-
-
-LEARNT = 0.9  # share of the answers of a training batch
 
 
 @needs(LONG_RANGE)
