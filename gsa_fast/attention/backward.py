@@ -23,13 +23,15 @@ FLOAT32_TILE_ROWS = 16
 FLOAT32_WIDTH = 128  # channels whose float32 tiles fit 99 KiB of shared memory
 # The parts that tiles give to dk and dv are kept for one round of tiles at a time, in as many bytes as this many
 # float32 copies of dk and dv have, or LEAST_PART_BYTES.
-PART_COPIES = 6
-LEAST_PART_BYTES = 2**28
+PART_COPIES = 8
+LEAST_PART_BYTES = 2**30
 # A chunk of tiles has its parts in as many rounds as the data asks for, at most this many.
 ROUNDS = 16
 SUM_PROGRAMS = 4096
-# At a time: tiles whose parts a program of `list_parts_kernel` lists, parts that one of `sum_parts_kernel` adds.
-TILES_AT_A_TIME, PARTS_AT_A_TIME = 32, 8
+# At a time: tiles whose parts a program of `list_parts_kernel` lists; entries of a list that one of `sum_parts_kernel`
+# looks at, parts that it adds, channels of one part, and channels of all.
+TILES_AT_A_TIME = 32
+ENTRIES_AT_A_TIME, PARTS_AT_A_TIME, CHANNELS_AT_A_TIME, SUMMANDS_AT_A_TIME = 128, 64, 2048, 16384
 
 
 def too_wide(width: int, device: torch.device) -> bool:
@@ -107,7 +109,9 @@ def attend_backward(
     positions = torch.empty(B * chunk_tiles * capacity, dtype=torch.int32, device=device)
     masks = torch.empty(B * chunk_tiles * capacity // 32 * queries, dtype=torch.int32, device=device)
     lists = torch.empty(B * S * chunk_tiles if deterministic else 0, dtype=torch.int32, device=device)
-    list_counts = torch.empty(B * S, dtype=torch.int32, device=device)
+    list_counts, list_places = torch.empty((2, B * S), dtype=torch.int32, device=device)
+    block_c = min(CHANNELS_AT_A_TIME, max(16, triton.next_power_of_2(width)))
+    block_t = min(PARTS_AT_A_TIME, SUMMANDS_AT_A_TIME // block_c)
     # The sign of the scale does not matter here.
     on_hopper = union_hopper.serves(q, k, v, do, 1.0, block_m)
     of_tile = {"QUERIES": queries, "GROUP": group, "d_h": d_h, "BLOCK_M": block_m, "BLOCK_N": block_n}
@@ -134,6 +138,7 @@ def attend_backward(
             list_parts_kernel[(B * words,)](
                 *bits_and_ranks, offsets, lists, list_counts, words, tiles, chunk_tiles, S, BLOCK_T=TILES_AT_A_TIME
             )
+            list_places.zero_()
         tensors = q, k, v, do, lse, delta, positions, masks, sizes, offsets, bounds, dq, parts
         for this_round in range(rounds):
             scalars = first_row, rows, L, S, H_kv, tiles, n_tiles, capacity, scale, scale * LOG2_E, this_round
@@ -150,9 +155,8 @@ def attend_backward(
                 )  # fmt: skip
             if deterministic:
                 sum_parts_kernel[(min(SUM_PROGRAMS, B * S),)](
-                    parts, lists, list_counts, bounds, dkv, B * S, chunk_tiles, width, this_round,
-                    PROGRAMS=min(SUM_PROGRAMS, B * S), BLOCK_T=PARTS_AT_A_TIME,
-                    BLOCK_C=min(2048, max(16, triton.next_power_of_2(width))),
+                    parts, lists, list_counts, list_places, bounds, dkv, B * S, chunk_tiles, width, this_round,
+                    PROGRAMS=min(SUM_PROGRAMS, B * S), BLOCK_L=ENTRIES_AT_A_TIME, BLOCK_T=block_t, BLOCK_C=block_c,
                 )  # fmt: skip
     if on_hopper:
         dkv = channels_in_order(dkv, 16 // parts.element_size())

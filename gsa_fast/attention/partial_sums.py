@@ -44,26 +44,37 @@ def list_parts_kernel(
 
 @triton.jit
 def sum_parts_kernel(
-    parts_ptr, lists_ptr, counts_ptr, bounds_ptr, dkv_ptr,
+    parts_ptr, lists_ptr, counts_ptr, places_ptr, bounds_ptr, dkv_ptr,
     n_keys, capacity, width, this_round,
-    PROGRAMS: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_C: tl.constexpr,
+    PROGRAMS: tl.constexpr, BLOCK_L: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     """PROGRAMS programs, each with its share of the keys: add the parts of this round to dkv, float32 [B · S, width].
 
-    An empty round costs next to nothing, because there are few programs.
+    places [B · S] says how much of each key's list the rounds before have read; this one moves it on. An empty round
+    costs next to nothing, because there are few programs.
     """
     start, end = tl.load(bounds_ptr + this_round), tl.load(bounds_ptr + this_round + 1)
     last = tl.where(end > start, n_keys, 0)
     for key in range(tl.program_id(0).to(tl.int64), last, PROGRAMS):
         count = tl.load(counts_ptr + key)
-        for first_c in range(0, tl.where(count > 0, width, 0), BLOCK_C):
+        begin = tl.load(places_ptr + key)
+        p_list = lists_ptr + key * capacity
+        stop, found = begin, BLOCK_L
+        while found == BLOCK_L:
+            i = stop + tl.arange(0, BLOCK_L)
+            row = tl.load(p_list + i, mask=i < count, other=end)
+            found = tl.sum((row < end).to(tl.int32), axis=0)
+            stop += found
+        tl.debug_barrier()  # all threads have read the place before one of them moves it
+        tl.store(places_ptr + key, stop)
+        for first_c in range(0, tl.where(stop > begin, width, 0), BLOCK_C):
             c = first_c + tl.arange(0, BLOCK_C)
             total = tl.load(dkv_ptr + key * width + c, mask=c < width, other=0.0)
-            for first in range(0, count, BLOCK_T):
+            for first in range(begin, stop, BLOCK_T):
                 i = first + tl.arange(0, BLOCK_T)
-                row = tl.load(lists_ptr + key * capacity + i, mask=i < count, other=-1)  # [BLOCK_T]
-                mine = (row >= start) & (row < end)
+                row = tl.load(p_list + i, mask=i < stop, other=start)  # [BLOCK_T]
                 p_part = parts_ptr + (row - start)[:, None] * width + c[None, :]
-                part = tl.load(p_part, mask=mine[:, None] & (c < width)[None, :], other=0.0)  # [BLOCK_T, BLOCK_C]
+                mask = (i < stop)[:, None] & (c < width)[None, :]
+                part = tl.load(p_part, mask=mask, other=0.0)  # [BLOCK_T, BLOCK_C]
                 total += tl.sum(part.to(tl.float32), axis=0)
             tl.store(dkv_ptr + key * width + c, total, mask=c < width)

@@ -148,6 +148,7 @@ def small_tiles(width: int = 16) -> Iterator[None]:
             (backward, "LEAST_PART_BYTES", 1024 * width),
             (backward, "SUM_PROGRAMS", 5),
             (backward, "TILES_AT_A_TIME", 2),
+            (backward, "ENTRIES_AT_A_TIME", 2),
             (backward, "PARTS_AT_A_TIME", 2),
             (training, "CHUNK_BYTES", 160 * width),
             *((module, "block_k", lambda block_d, dtype: width) for module in (teacher, student)),
