@@ -1,10 +1,8 @@
 """python -m gsa_fast verify | compile | bench: check and measure the kernels of this package on this machine."""
 
 import argparse
-import json
 import os
 import sys
-import time
 from pathlib import Path
 
 import torch
@@ -14,6 +12,7 @@ from gsa_fast._backend import INTERPRETED
 from gsa_fast.bench import decode, prefill, records, train
 from gsa_fast.selection import SIGMOID_MODES
 from gsa_fast.verification import long, long_gradients, run
+from gsa_fast.verification import records as verification_records
 from gsa_fast.verification.compile import SHARED_MEMORY_LIMIT, compile_shipped, summary
 from gsa_ref import GSAConfig
 from gsa_ref.cases import Case
@@ -36,7 +35,9 @@ def main(argv: list[str] | None = None) -> int:
     verify.add_argument("--examples", type=int, metavar="N", help="cases per stem and dtype")
     verify.add_argument("--seed", type=int, default=0, metavar="N", help="seed of the cases (default 0)")
     verify.add_argument("--jobs", type=int, metavar="N", help="processes that share the cases (default 1)")
-    verify.add_argument("--json", type=Path, metavar="FILE", help="also write the results as a record")
+    verify.add_argument(
+        "--json", type=Path, metavar="FILE", help="also write the results as a record, which keeps its other rows"
+    )
     verify.add_argument("--case", metavar="JSON", help="run this one case, as a failure prints it")
     long_ = verify.add_argument_group("one long sequence, on a GPU")
     long_.add_argument(
@@ -55,6 +56,12 @@ def main(argv: list[str] | None = None) -> int:
     )
     compile_.add_argument(
         "--target", action="append", choices=[f"sm_{c}" for c in SHARED_MEMORY_LIMIT], help="may be repeated"
+    )
+    compile_.add_argument(
+        "--kernel",
+        action="append",
+        metavar="NAME",
+        help="only this kernel (may be repeated); the record keeps the others",
     )
     compile_.add_argument("--jobs", type=int, default=1, metavar="N", help="processes that share it (default 1)")
     compile_.add_argument("--json", type=Path, metavar="FILE", help="also write the results as a record")
@@ -92,11 +99,16 @@ def main(argv: list[str] | None = None) -> int:
     options = parser.parse_args(argv)
     if options.json is not None and not options.json.resolve().parent.is_dir():
         parser.error(f"argument --json: expected a file in an existing folder, got {options.json}")
+    if options.json is not None and options.command != "bench" and getattr(options, "length", None) is None:
+        try:
+            verification_records.read(options.json)
+        except ValueError as error:
+            parser.error(f"argument --json: {error}")
     command = records.recorded_command(argv)
     if options.command == "compile":
         if options.jobs < 1:
             parser.error(f"argument --jobs: expected a number ≥ 1, got {options.jobs}")
-        return run_compile(options, command)
+        return run_compile(parser, options, command)
     if options.command == "bench":
         suite = {suite.SUITE: suite for suite in (prefill, decode, train)}[options.suite]
         if problem := suite.check_options(options):
@@ -164,8 +176,7 @@ def run_verify(parser: argparse.ArgumentParser, options: argparse.Namespace, com
         print(f"\n{row.stem} {row.dtype}: {row.detail}\nSmallest failing case; run it again with\n")
         print(f"  python -m gsa_fast verify --case '{row.smallest_failure}'")
     if options.json is not None:
-        record = run.record(rows, device, command, options.seed)
-        options.json.write_text(json.dumps(record, indent=1, ensure_ascii=False) + "\n")
+        verification_records.write(options.json, run.record(rows, device, command, options.seed), ("stem", "dtype"))
     print(f"\n{len(failures)} of {len(rows)} rows failed." if failures else f"\nAll {len(rows)} rows passed.")
     return 1 if failures else 0
 
@@ -239,20 +250,22 @@ def run_verify_gradients(options: argparse.Namespace, config: GSAConfig, rows: i
     return 1 if failed else 0
 
 
-def run_compile(options: argparse.Namespace, command: str) -> int:
+def run_compile(parser: argparse.ArgumentParser, options: argparse.Namespace, command: str) -> int:
     """The `compile` command."""
     targets = options.target or ["sm_80", "sm_90"]
-    started = time.monotonic()
-    kernels = compile_shipped(tuple(int(target.removeprefix("sm_")) for target in targets), jobs=options.jobs)
-    seconds = time.monotonic() - started
+    capabilities = tuple(int(target.removeprefix("sm_")) for target in targets)
+    try:
+        kernels = compile_shipped(capabilities, jobs=options.jobs, only=tuple(options.kernel or ()))
+    except ValueError as error:
+        parser.error(f"argument --kernel: {str(error).removeprefix('only: ')}")
     for k in kernels:
         memory = f"{k.shared_memory:7d} of {k.shared_memory_limit} bytes shared"
         fits = "fits" if k.fits else "DOES NOT FIT"
         print(f"{k.target}  {k.kernel:26s}  {memory}  {k.registers:3d} registers  {k.stack:4d} stack  {fits}")
     if options.json is not None:
-        record = {"suite": "compile", "triton": triton.__version__, "command": command, "commit": run.commit()}
-        record |= {"seconds": round(seconds), "rows": summary(kernels)}
-        options.json.write_text(json.dumps(record, indent=1) + "\n")
+        origin = {"command": command, **verification_records.code_version()}
+        record = {"suite": "compile", "triton": triton.__version__, "rows": [r | origin for r in summary(kernels)]}
+        verification_records.write(options.json, record, ("target", "kernel"))
     misfits = [k for k in kernels if not k.fits]
     print(f"{len(misfits)} of {len(kernels)} kernel variants do not fit." if misfits else f"All {len(kernels)} fit.")
     return 1 if misfits else 0

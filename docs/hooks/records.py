@@ -17,7 +17,7 @@ GENERATED, BY_HAND = "tests/mutants/generated.json", "tests/mutants/hand.json"
 SURVIVORS = "tests/mutants/survivors.json"
 COMPILED = "benchmarks/results/compile"
 REFERENCE_MUTANTS = "benchmarks/results/cpu/reference_mutants.json"
-FIELDS = ("device", "torch", "triton", "command", "seed", "commit")
+FIELDS, ORIGIN = ("device", "torch", "triton", "seed"), ("command", "commit", "sources")  # of a record, of its rows
 COLUMNS = ("stem", "dtype", "cases", "worst_error", "budget", "ratio", "verdict", "longest")
 
 
@@ -45,6 +45,10 @@ def _verification(root: Path, name: str) -> str:
         return _no_record(name)
     lines = [f"From `{name}`:", ""]
     lines += [f"- {field}: `{record[field]}`" for field in FIELDS]
+    lines += [
+        f"- {field}: " + ", ".join(f"`{x}`" for x in dict.fromkeys(row[field] for row in record["rows"]))
+        for field in ORIGIN
+    ]
     lines += ["", "| " + " | ".join(c.replace("_", " ") for c in COLUMNS) + " |", "|---|---|" + "--:|" * 4 + "---|--:|"]
     lines += ["| " + " | ".join(_cell(row[column]) for column in COLUMNS) + " |" for row in record["rows"]]
     lines += ["", "Error and budget are those of the case that came nearest its budget; *longest* is in tokens."]
@@ -156,13 +160,12 @@ def compile_table(root: Path) -> str:
                     f"{largest['shared_memory']:,} of {largest['shared_memory_limit']:,} (`{largest['kernel']}`)",
                     max(row["registers"] for row in found),
                     max(row["stack"] for row in found if not row["kernel"].endswith("_repair_kernel")),
-                    f"{record['seconds'] / 60:.0f}",
                 )
             )
     if not rows:
         return f"No record is stored: there is none in `{COMPILED}`."
     rows.sort(key=lambda row: (int(row[0].removeprefix("sm_")), row[1]))
-    header = ("target", "Triton", "variants", "do not fit", "most shared memory", "registers", "stack", "minutes")
+    header = ("target", "Triton", "variants", "do not fit", "most shared memory", "registers", "stack")
     return table(header, rows, left=2)
 
 

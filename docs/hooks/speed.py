@@ -114,13 +114,19 @@ def span(values: list[float]) -> str:
     return "–".join(ends) or "–"
 
 
+def origin(found: list[Record], *names: str) -> list[str]:
+    """Where records come from, one line a field; the sources' hash only where a record has one, which old ones lack."""
+    values = {name: dict.fromkeys(str(r[name]) for r in found) for name in names}
+    values["sources"] = dict.fromkeys(r["sources"] for r in found if "sources" in r)
+    return [f"- {name}: " + ", ".join(f"`{v}`" for v in given) for name, given in values.items() if given]
+
+
 def setup(path: str, found: list[Record]) -> str:
     """Device, versions, ceilings and the commands that wrote the records of a file."""
     if not found:
         return missing(path)
     lines = [f"From `{path}`, {len(found)} records:", ""]
-    for name in ("device", "torch", "triton", "seed", "commit"):
-        lines.append(f"- {name}: " + ", ".join(f"`{v}`" for v in dict.fromkeys(str(r[name]) for r in found)))
+    lines += origin(found, "device", "torch", "triton", "seed", "commit")
     lines.append("- commands: " + ", ".join(f"`{c}`" for c in dict.fromkeys(r["command"] for r in found)))
     units = {"tflops": "TFLOP/s", "tbps": "TB/s", "tops": "T/s"}
     ceilings = [r for r in found if r["case"] == "ceiling"]
@@ -590,8 +596,7 @@ def long_verification(root: Path) -> str:
     if not found:
         return missing(LONG)
     lines = [f"From `{LONG}`:", ""]
-    for name in ("device", "torch", "triton", "commit", "command"):
-        lines.append(f"- {name}: " + ", ".join(f"`{v}`" for v in dict.fromkeys(str(r[name]) for r in found)))
+    lines += origin(found, "device", "torch", "triton", "commit", "command")
     rows = [
         [
             *(length(r["shape"]["L"]), str(r["shape"]["H_kv"]), mode(r), row["stem"], row["verdict"]),

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 import triton
 
-from gsa_fast.verification.run import commit
+from gsa_fast.verification.records import code_version
 
 Record = dict[str, Any]
 
@@ -24,7 +24,7 @@ def environment(command: str, seed: int) -> Record:
         "triton": triton.__version__,
         "seed": seed,
         "command": command,
-        "commit": commit(),
+        **code_version(),
     }
 
 

@@ -308,17 +308,26 @@ def compile_shipped(
     head_widths: tuple[int, ...] = (64, 96, 128, 192, 256),
     heads: tuple[tuple[int, int], ...] = ((8, 8), (32, 8), (32, 1)),
     jobs: int = 1,
+    only: tuple[str, ...] = (),
 ) -> list[CompiledKernel]:
     """Compile every kernel variant that the package ships for these dtypes and head widths, with a progress bar.
 
-    `jobs` processes share the variants; the result is the same.
+    With names in `only`, those of these kernels. `jobs` processes share the variants; the result is the same.
+
+    Raises:
+        ValueError: no kernel has a name of `only`.
     """
     work: list[tuple[Launch, int]] = []
+    names: set[str] = set()
     for capability in capabilities:
         with recorded_launches(SHARED_MEMORY_LIMIT[capability] < _backend.LARGE_SHARED_MEMORY) as launches:
             for call in shipped_calls(dtypes, head_widths, heads):
                 call()
-        work += [(launch, capability) for launch in launches if capability == 90 or not launch.kernel.is_gluon()]
+        names |= {launch.kernel.__name__ for launch in launches}
+        wanted = [launch for launch in launches if not only or launch.kernel.__name__ in only]
+        work += [(launch, capability) for launch in wanted if capability == 90 or not launch.kernel.is_gluon()]
+    if unknown := sorted(set(only) - names):
+        raise ValueError(f"only: expected some of {sorted(names)}, got {unknown}")
     bar = partial(tqdm, total=len(work), unit="kernel", leave=False, disable=None)
     if jobs == 1:
         return [compile_launch(*item) for item in bar(work)]

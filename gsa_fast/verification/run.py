@@ -1,15 +1,15 @@
 """Draw cases, run the checks, report: the work of `python -m gsa_fast verify`."""
 
 import platform
-import subprocess
+import sys
 import time
 import warnings
+from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from multiprocessing import get_context
-from pathlib import Path
 from typing import Any
 
 import hypothesis
@@ -20,6 +20,7 @@ from tqdm import tqdm
 
 from gsa_fast.verification.checks import CHECKS
 from gsa_fast.verification.interpreter import enable_interpreter_checks, small_tiles
+from gsa_fast.verification.records import code_version
 from gsa_ref.cases import STRATEGIES, Case, DecodeCase, Limits
 
 # Stems that read float32 scores, whatever the dtype of the model.
@@ -36,12 +37,17 @@ INTERPRETER_LIMITS_OF = {
     "training": Limits(L=20, S=60, group=3, width=60),
 }
 GPU_LIMITS = Limits(
-    B=2, L=8192, S=1536, heads=4, group=8, width=512, lengths=(1, 5, 64, 65, 130, 257, 512, 1000, 2048, 4096, 8192)
-)
+    B=2, L=8192, S=1536, heads=4, group=8, width=512, channels=256,
+    lengths=(1, 5, 64, 65, 130, 257, 512, 1000, 2048, 4096, 8192),
+)  # fmt: skip
 # The gold of the layer, and of gradients, holds the gathered keys in float64: 2048 queries of it fit any GPU.
-GPU_LAYER_LIMITS = Limits(B=2, L=2048, S=384, heads=2, group=4, width=128, lengths=(1, 5, 64, 65, 257, 512, 1000, 2048))
+GPU_LAYER_LIMITS = Limits(
+    B=2, L=2048, S=384, heads=2, group=4, width=128, channels=256, lengths=(1, 5, 64, 65, 257, 512, 1000, 2048)
+)
 # Gold holds the logits of all heads and pairs in float64.
-GPU_TRAINING_LIMITS = Limits(B=2, L=1024, S=1536, heads=2, group=4, width=256, lengths=(1, 5, 64, 65, 130, 257, 1000))
+GPU_TRAINING_LIMITS = Limits(
+    B=2, L=1024, S=1536, heads=2, group=4, width=256, channels=256, lengths=(1, 5, 64, 65, 130, 257, 1000)
+)
 
 # Cases per stem. The interpreter runs a program in milliseconds, so selections and whole layers get fewer there.
 GPU_EXAMPLES, GPU_QUICK_EXAMPLES = 40, 6
@@ -184,6 +190,14 @@ def shards_of(
     return shards
 
 
+def share_devices(started: Any) -> None:
+    """Give a new process its turn of the GPUs. `started` counts the processes."""
+    if torch.cuda.device_count() > 1:
+        with started.get_lock():
+            torch.cuda.set_device(started.value % torch.cuda.device_count())
+            started.value += 1
+
+
 def verify_shard(shard: Shard) -> Row:
     """One shard in a process of its own."""
     torch.set_num_threads(1)
@@ -221,26 +235,38 @@ def merge(rows: list[Row]) -> Row:
 def verify(
     stems: tuple[str, ...], dtypes: tuple[str, ...], device: str, examples: dict[str, int], seed: int, jobs: int = 1
 ) -> list[Row]:
-    """All rows of the table, with a progress bar on stderr. With several jobs, shards run in as many processes.
+    """All rows of the table. With several jobs, shards run in as many processes, which share the GPUs.
 
-    The cases do not depend on `jobs`.
+    The cases do not depend on `jobs`. Progress goes to stderr: a bar in a terminal, elsewhere a line for every row.
     """
     shards = shards_of(stems, dtypes, device, examples, seed)
     found: dict[tuple[str, str], list[Row]] = {(shard.stem, shard.dtype): [] for shard in shards}
+    left = Counter((shard.stem, shard.dtype) for shard in shards)
+    started = time.monotonic()
+
+    def finish(shard: Shard, row: Row) -> None:
+        name = shard.stem, shard.dtype
+        found[name].append(row)
+        left[name] -= 1
+        if not left[name] and not sys.stderr.isatty():
+            whole = merge(found[name])
+            seconds = time.monotonic() - started
+            print(f"{seconds:5.0f} s  {whole.stem} {whole.dtype}: {whole.verdict}", file=sys.stderr, flush=True)
+
     with tqdm(total=sum(shard.examples for shard in shards), unit="case", leave=False, disable=None) as bar:
         if jobs == 1:
             for shard in shards:
                 bar.set_description(f"{shard.stem} {shard.dtype}")
                 row = verify_row(shard.stem, shard.dtype, device, shard.examples, shard.seed, bar.update)
                 bar.update(max(0, shard.examples - row.cases))  # hypothesis stops early when it has seen every case
-                found[shard.stem, shard.dtype].append(row)
+                finish(shard, row)
         else:
-            with ProcessPoolExecutor(jobs, mp_context=get_context("spawn")) as pool:
+            context = get_context("spawn")
+            with ProcessPoolExecutor(jobs, context, share_devices, (context.Value("i", 0),)) as pool:
                 running = {pool.submit(verify_shard, shard): shard for shard in shards}
                 for done in as_completed(running):
-                    shard = running[done]
-                    found[shard.stem, shard.dtype].append(done.result())
-                    bar.update(shard.examples)
+                    finish(running[done], done.result())
+                    bar.update(running[done].examples)
     return [merge(rows) for rows in found.values()]
 
 
@@ -264,29 +290,13 @@ def format_table(rows: list[Row]) -> str:
 
 
 def record(rows: list[Row], device: str, command: str, seed: int) -> dict[str, Any]:
-    """What `--json` writes: enough to run it again."""
+    """What `--json` writes: enough to run it again. Every row says which command it is of."""
     return {
         "suite": "verification",
         "device": torch.cuda.get_device_name() if device == "cuda" else "Triton interpreter on a CPU",
         "torch": torch.__version__,
         "triton": triton.__version__,
         "python": platform.python_version(),
-        "command": command,
         "seed": seed,
-        "commit": commit(),
-        "rows": [asdict(row) for row in rows],
+        "rows": [asdict(row) | {"command": command} | code_version() for row in rows],
     }
-
-
-def commit() -> str | None:
-    """The commit of the checkout that this file lies in; None for an installed package, or if files were changed."""
-
-    def git(*arguments: str) -> str:
-        return subprocess.run(
-            ["git", *arguments], cwd=Path(__file__).parent, capture_output=True, text=True, check=True
-        ).stdout.strip()
-
-    try:
-        return None if git("status", "--porcelain", "--", ":/*.py") else git("rev-parse", "HEAD")
-    except (OSError, subprocess.CalledProcessError):
-        return None

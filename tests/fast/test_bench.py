@@ -286,7 +286,7 @@ def tiny(monkeypatch):
 
 FIELDS = {
     "suite", "case", "impl", "selection", "shape", "dtype", "ms", "peak_bytes", "tbps", "tflops", "share_of_roofline",
-    "mean_k", "union_over_k", "p_eff", "graph", "device", "torch", "triton", "seed", "command", "commit",
+    "mean_k", "union_over_k", "p_eff", "graph", "device", "torch", "triton", "seed", "command", "commit", "sources",
 }  # fmt: skip
 
 

@@ -1,6 +1,7 @@
 """Every kernel compiles ahead of time and fits sm_80 or sm_90, the largest tiles also sm_86."""
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -41,6 +42,16 @@ for launch in launches:
         if constants.get("OUTPUT_GATE", constants.get("DETERMINISTIC")):
             k = compile_launch(launch, 86)
             print(k.kernel, k.shared_memory, k.fits)
+"""
+ONLY = """
+import sys, torch
+from gsa_fast.verification.compile import compile_shipped
+sample = (80,), (getattr(torch, sys.argv[1]),), (64,), ((8, 8),)
+print(sorted({k.kernel for k in compile_shipped(*sample, only=("sum_parts_kernel", "list_parts_kernel"))}))
+try:
+    compile_shipped(*sample, only=("sum_parts_kernel", "sum_kernel"))
+except ValueError as error:
+    print(error)
 """
 # As many channels as an indexer may have, in the widest type.
 WIDEST_INDEXER = """
@@ -231,3 +242,11 @@ def test_recording_launches_is_refused_where_kernels_are_interpreted():
     run = compile_sample("float32", "import os; os.environ['TRITON_INTERPRET'] = '1'" + SAMPLE, "90")
     assert run.returncode == 1
     assert "RuntimeError: TRITON_INTERPRET: expected unset for ahead-of-time compilation, got 1" in run.stderr
+
+
+def test_one_kernel_alone_can_be_compiled_and_an_unknown_one_is_refused():
+    run = compile_sample("float32", ONLY)
+    assert run.returncode == 0, run.stderr
+    kernels, refusal = run.stdout.splitlines()
+    assert kernels == "['list_parts_kernel', 'sum_parts_kernel']"
+    assert re.fullmatch(r"only: expected some of \[.*'sum_parts_kernel'.*\], got \['sum_kernel'\]", refusal)

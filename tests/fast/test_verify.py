@@ -2,16 +2,18 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from dataclasses import replace
+from multiprocessing import get_context
 from pathlib import Path
 
 import pytest
 
 import gsa_fast
 from gsa_fast.__main__ import main
-from gsa_fast.verification import checks, run
+from gsa_fast.verification import checks, records, run
 from gsa_ref.cases import CASES, SELECTED_VALUES, GateCase
 
 ROOT = Path(__file__).parents[2]
@@ -43,9 +45,73 @@ def test_a_green_run_prints_one_row_per_stem_and_dtype_and_exits_0(capsys, tmp_p
     assert "All 2 rows passed." in printed
     record = json.loads(file.read_text())
     assert record["seed"] == 0
-    assert record["command"].startswith("python -m gsa_fast verify --stem gates")
+    assert all(row["command"].startswith("python -m gsa_fast verify --stem gates") for row in record["rows"])
+    assert {row["sources"] for row in record["rows"]} == {records.sources()}
     assert [row["verdict"] for row in record["rows"]] == ["pass", "pass"]
     assert all(row["worst_error"] <= row["budget"] for row in record["rows"])
+
+
+def test_a_suite_can_be_run_in_parts_and_progress_is_told_row_by_row(capsys, tmp_path):
+    file = tmp_path / "record.json"
+    for stem, dtype, n in (("gates", "float32", 3), ("indexer", "float16", 2), ("gates", "float32", 4)):
+        arguments = ["--stem", stem, "--dtype", dtype, "--examples", str(n), "--json", str(file)]
+        assert main(["verify", *arguments]) == 0
+        assert re.fullmatch(rf" *\d+ s  {stem} {dtype}: pass\n", capsys.readouterr().err)
+    rows = json.loads(file.read_text())["rows"]
+    assert [(row["stem"], row["dtype"], row["cases"]) for row in rows] == [
+        ("gates", "float32", 4), ("indexer", "float16", 2)
+    ]  # fmt: skip
+    assert [re.findall(r"--examples (\d)", row["command"]) for row in rows] == [["4"], ["2"]]
+
+
+def test_rows_of_another_version_are_not_kept():
+    old, new = ({"triton": "3.6", "rows": [{"stem": stem, "n": n}]} for stem, n in (("gates", 1), ("budget", 2)))
+    assert records.with_rows_of(None, new, ("stem",)) == new
+    assert records.with_rows_of(old, new, ("stem",)) == {"triton": "3.6", "rows": [*old["rows"], *new["rows"]]}
+    assert records.with_rows_of(old | {"triton": "3.7"}, new, ("stem",)) == new
+
+
+@pytest.mark.parametrize("command", ["verify", "compile"])
+@pytest.mark.parametrize(("text", "what"), [("{", "got no JSON"), ("[1]", "got list")])
+def test_a_file_that_holds_no_record_is_refused_before_anything_runs(command, text, what, tmp_path, capsys):
+    file = tmp_path / "record.json"
+    file.write_text(text)
+    with pytest.raises(SystemExit, match="2"):
+        main([command, "--json", str(file)])
+    assert f"argument --json: {file}: expected a record, {what}" in capsys.readouterr().err
+    assert file.read_text() == text
+
+
+def test_the_hash_of_the_sources_changes_with_names_and_contents_of_python_files_alone(tmp_path):
+    for package in ("gsa_fast", "gsa_ref"):
+        (tmp_path / package).mkdir()
+        (tmp_path / package / "a.py").write_text("x = 1\n")
+    seen = [records.sources(tmp_path)]
+    (tmp_path / "gsa_ref" / "notes.md").write_text("not code")
+    (tmp_path / "tests.py").write_text("no part of a package")
+    assert records.sources(tmp_path) == seen[0]
+    for change in (
+        lambda: (tmp_path / "gsa_ref" / "a.py").write_text("x = 2\n"),
+        lambda: (tmp_path / "gsa_ref" / "a.py").rename(tmp_path / "gsa_ref" / "b.py"),
+        lambda: (tmp_path / "gsa_fast" / "empty.py").touch(),
+    ):
+        change()
+        seen.append(records.sources(tmp_path))
+    assert len(set(seen)) == 4
+    assert all(re.fullmatch("[0-9a-f]{12}", digest) for digest in seen)
+
+
+def test_processes_take_the_gpus_in_turn(monkeypatch):
+    taken = []
+    monkeypatch.setattr(run.torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(run.torch.cuda, "set_device", taken.append)
+    started = get_context("spawn").Value("i", 0)
+    for _ in range(3):
+        run.share_devices(started)
+    assert taken == [0, 1, 0]
+    monkeypatch.setattr(run.torch.cuda, "device_count", lambda: 1)
+    run.share_devices(started)
+    assert taken == [0, 1, 0]
 
 
 def test_cases_do_not_depend_on_how_many_processes_share_them(monkeypatch, device):
