@@ -39,6 +39,7 @@ class Limits:
     heads: int = 2
     group: int = 4
     width: int = 40
+    channels: int = 128  # of a head
     lengths: tuple[int, ...] = ()  # if given, L is drawn from these instead
 
 
@@ -488,7 +489,10 @@ _VALUES = st.sampled_from(VALUES)
 _SELECTED_VALUES = st.sampled_from(SELECTED_VALUES)
 _RULES = st.sampled_from(("proportional", "inverse", "fixed"))
 _INDEXER_WIDTHS = st.sampled_from((1, 4, 8, 16, 20, 32, 64, 128))
-_HEAD_WIDTHS = st.sampled_from((2, 8, 16, 24, 32, 64, 96, 128))
+
+
+def _head_width(limits: Limits) -> st.SearchStrategy[int]:
+    return st.sampled_from([n for n in (2, 8, 16, 24, 32, 64, 96, 128, 192, 256) if n <= limits.channels])
 
 
 def _length(limits: Limits) -> st.SearchStrategy[int]:
@@ -578,7 +582,7 @@ def attention_cases(draw: Draw, dtype: str, limits: Limits) -> AttentionCase:
         S=S,
         H_kv=draw(st.integers(1, limits.heads)),
         group=draw(st.integers(1, limits.group)),
-        d_h=draw(_HEAD_WIDTHS),
+        d_h=draw(_head_width(limits)),
         width=draw(st.integers(1, min(S, limits.width))),
         pattern=draw(st.sampled_from(PATTERNS)),
         value_gate=draw(st.booleans()),
@@ -602,7 +606,7 @@ def gate_cases(draw: Draw, dtype: str, limits: Limits) -> GateCase:
         B=draw(st.integers(1, limits.B)),
         L=draw(_length(limits)),
         heads=draw(st.integers(1, 2 * limits.heads)),
-        width=draw(_HEAD_WIDTHS),
+        width=draw(_head_width(limits)),
         dtype=dtype,
         values=draw(_VALUES),
         layout=draw(_LAYOUTS),
@@ -645,7 +649,7 @@ def decode_cases(draw: Draw, dtype: str, limits: Limits) -> DecodeCase:
         **{**indexer, "start": start, "lengths": lengths},
         H_kv=draw(st.integers(1, limits.heads)),
         group=draw(st.integers(1, limits.group)),
-        d_h=draw(_HEAD_WIDTHS),
+        d_h=draw(_head_width(limits)),
         output_gate=draw(st.booleans()),
         attended_values=draw(st.sampled_from(("normal", "ties", "constant", "smooth", "tiny"))),
     )
@@ -660,7 +664,7 @@ def training_cases(draw: Draw, dtype: str, limits: Limits) -> TrainingCase:
         **indexer,
         H_kv=draw(st.integers(1, limits.heads)),
         group=draw(st.integers(1, limits.group)),
-        d_h=draw(_HEAD_WIDTHS),
+        d_h=draw(_head_width(limits)),
         phase=draw(st.sampled_from(PHASES)),
         width=draw(st.one_of(st.just(limits.width), st.integers(1, limits.width))),
         pattern=draw(st.sampled_from(PATTERNS)),

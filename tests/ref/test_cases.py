@@ -108,6 +108,15 @@ def test_drawn_sizes_stay_inside_the_limits(case):
     assert 1 <= case.L <= limits.L
     assert getattr(case, "S", case.L) >= case.L
     assert getattr(case, "S", 0) <= limits.S
+    assert getattr(case, "d_h", case.width if case.stem == "gates" else 0) <= limits.channels
+
+
+@pytest.mark.parametrize("stem", ["attention", "attention_backward", "gates", "decode", "training"])
+def test_wide_heads_are_drawn_where_the_limits_allow_them(stem):
+    """The widths up to 128 are those of the interpreter; a device takes 192 and 256 as well."""
+    strategy, name = STRATEGIES[stem]("float32", Limits(channels=256)), "width" if stem == "gates" else "d_h"
+    for wide in (192, 256):
+        assert getattr(hypothesis.find(strategy, lambda case, wide=wide: getattr(case, name) == wide), name) == wide
 
 
 @pytest.mark.parametrize("stem", STRATEGIES)
