@@ -111,7 +111,9 @@ def score_verdict(scores: np.ndarray, gold: np.ndarray, tolerance: np.ndarray) -
     if not finite.any():
         return Verdict(True, 0.0, 0.0)
     error, budget = np.abs(scores[finite] - gold[finite]), tolerance[finite]
-    worst = int(np.argmax(error / budget))
+    # Where nothing is allowed, any error is infinitely too much, and none is none.
+    used = np.divide(error, budget, out=np.where(error > 0, np.inf, 0.0), where=budget > 0)
+    worst = int(np.argmax(used))
     return Verdict(bool((error <= budget).all()), float(error[worst]), float(budget[worst]))
 
 

@@ -176,6 +176,18 @@ def test_a_score_verdict_reports_the_score_that_is_nearest_its_own_bound():
     assert verdict == check.Verdict(True, 0.25, 0.25)
 
 
+def test_a_score_verdict_takes_no_error_where_none_is_allowed():
+    """Without a warning of NumPy, which the tests make an error."""
+    ones, none = np.ones((1, 3)), np.zeros((1, 3))
+    half = ones + np.array([[0, 0.5, 0]])
+    assert check.score_verdict(ones, ones, none) == check.Verdict(True, 0.0, 0.0)
+    assert check.score_verdict(half, ones, none) == check.Verdict(False, 0.5, 0.0)
+    # 1 where nothing is allowed is more than 4 where 1 is; and an exact entry is less than any other.
+    verdict = check.score_verdict(ones + np.array([[0, 4, 1]]), ones, np.array([[0.0, 1.0, 0.0]]))
+    assert verdict == check.Verdict(False, 1.0, 0.0)
+    assert check.score_verdict(half, ones, np.array([[0.0, 1.0, 1.0]])) == check.Verdict(True, 0.5, 1.0)
+
+
 def test_the_score_tolerance_is_of_the_given_numbers_in_float64():
     """Of float16 arrays too: their products would overflow or round."""
     rng = np.random.default_rng(0)
