@@ -94,7 +94,8 @@ mutants: $(VENV)/.dev ## apply faults to copies of the kernels; every one must t
 	$(BIN)/python -m tests.mutants --generated
 
 # On a GPU the compiler takes most of the time, so more processes help: make gpu JOBS=14. What asks for 4 GiB of memory
-# per test runs alone. The cheap properties run 10,000 examples each. initcheck does not see what cuBLAS writes: of
+# per test runs alone. The cheap properties run 200 times their examples: not those of gates inside attention, which compile
+# for every shape of heads. initcheck does not see what cuBLAS writes: of
 # torch.nn.functional.linear(x, w).float() alone, in bfloat16, it reports every element. Hence no layer there.
 RESULTS   ?= benchmarks/results/h200
 SANITIZER ?= compute-sanitizer
@@ -107,7 +108,7 @@ gpu: $(VENV)/.dev ## the checks that need a GPU, with their records (JOBS=14, RE
 	$(BIN)/python -m gsa_fast verify --length 131072 --gradients --rows 64 --reruns 50 --json $(RESULTS)/long_verification.json
 	$(PYTEST) -k 'not past_two_to_the_31' tests/fast
 	$(PYTEST) -n 1 -k 'past_two_to_the_31' tests/fast
-	HYPOTHESIS_PROFILE=gpu $(PYTEST) --timeout 3600 -m property -k 'not past_two_to_the_31' tests/fast/test_gates.py tests/fast/test_budget.py
+	HYPOTHESIS_PROFILE=gpu $(PYTEST) --timeout 3600 -m property -k 'not past_two_to_the_31 and not fused and not gated_before' tests/fast/test_gates.py tests/fast/test_budget.py
 	for tool in memcheck racecheck initcheck synccheck; do \
 	  if [ $$tool = initcheck ]; then stems="$(NO_LAYER)"; else stems=; fi; \
 	  $(SANITIZER) --tool $$tool --error-exitcode 1 \
