@@ -1,4 +1,4 @@
-"""Records of `verify` and `compile`: one JSON object a file, with the rows of a table; and which code a record is of."""
+"""Records of `verify` and `compile`, one JSON object a file with the rows of a table; and of which code they are."""
 
 import hashlib
 import json
