@@ -67,7 +67,7 @@ def main(argv: list[str] | None = None) -> int:
     for name, record in found.items():
         loss = "diverged" if record["diverged"] else f"{record['validation_loss']:.4f}"
         print(f"{name:20s} {loss}")
-    return 1 if len(found) < len(runs) and not options.only else 0
+    return 1 if len(found) < len(runner.chosen(runs, options)) else 0
 
 
 if __name__ == "__main__":

@@ -132,7 +132,7 @@ def main(argv: list[str] | None = None) -> int:
         for i, layer in enumerate(record.get("selections", [])):
             near = "  ".join(f"{distance}: {share:.2f}" for distance, share in layer["shared"].items())
             print(f"{name} layer {i}: shared with the query at distance {near}")
-    return 1 if len(found) < len(runs) and not options.only else 0
+    return 1 if len(found) < len(runner.chosen(runs, options)) else 0
 
 
 if __name__ == "__main__":

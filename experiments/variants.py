@@ -101,7 +101,15 @@ def main(argv: list[str] | None = None) -> int:
         records = {r["name"]: r for r in runner.read(options.json)}
         trials = {} if options.no_sweep else sweep(options.smoke)
         if runner.chosen(trials, options):
-            records |= runner.run_all(trials, options, COMMAND)
+            tried = runner.run_all(trials, options, COMMAND)
+            records |= tried
+            for name, r in sorted(
+                tried.items(), key=lambda run: (run[1]["settings"]["variant"], run[1]["settings"]["lr"])
+            ):
+                loss = "diverged" if r["diverged"] else f"validation loss {r['validation_loss']:.4f}"
+                print(f"{name:20s} rate {r['settings']['lr']:g}  {loss}")
+            if len(tried) < len(runner.chosen(trials, options)):
+                return 1  # a run that failed; the best rates may be others
             if not runner.chosen(runs_of_table(options.smoke), options):  # a part of the sweep alone
                 return 0
         table = main_table(options.smoke, records)
@@ -117,7 +125,7 @@ def main(argv: list[str] | None = None) -> int:
             print(
                 f"{variant:7s} rate {rate:g}  validation loss {sum(losses) / len(losses):.4f} over {len(losses)} seeds"
             )
-    return 1 if len(found) < len(table) and not options.only else 0
+    return 1 if len(found) < len(runner.chosen(table, options)) else 0
 
 
 if __name__ == "__main__":

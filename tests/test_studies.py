@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 from pathlib import Path
 from typing import Any
 
@@ -161,6 +162,9 @@ def test_only_may_choose_a_part_of_the_sweep_or_of_the_main_table(
     options = ["--smoke", "--json", str(tmp_path / "x.json"), "--only"]
     assert variants.main([*options, "sweep_dense"]) == 0
     assert ran
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in lines] == ran
+    assert all(re.search(r" rate \S+  validation loss 1\.0000$", line) for line in lines)
     assert all(name.startswith("sweep_dense") for name in ran)
     with pytest.raises(SystemExit):
         variants.main([*options, "nothing"])
@@ -168,6 +172,23 @@ def test_only_may_choose_a_part_of_the_sweep_or_of_the_main_table(
     ran.clear()
     assert variants.main([*options, "dense_1"]) == 0
     assert not ran  # it is on record
+
+
+@pytest.mark.parametrize(
+    ("study", "only"),
+    [(variants, "sweep_dense"), (variants, "dense_1"), (ablations, "rule_inverse_0"), (selections, "longer_inverse")],
+)
+def test_a_study_of_which_a_chosen_run_failed_exits_with_1(
+    study, only, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+):
+    def attempt(settings: Any, folder: Path, finish: Any) -> dict[str, Any] | str:
+        if only in folder.name:
+            return "a traceback"
+        return {"settings": runner.kept(settings), "validation_loss": 1.0, "diverged": False, "log": []}
+
+    monkeypatch.setattr(runner, "attempt", attempt)
+    options = ["--smoke", "--json", str(tmp_path / "x.json"), "--runs", str(tmp_path)]
+    assert study.main([*options, "--only", only, *(["--only", "sweep"] if study is variants else [])]) == 1
 
 
 def test_only_fits_a_run_or_is_refused(capsys: pytest.CaptureFixture[str], tmp_path: Path):
