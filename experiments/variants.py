@@ -103,9 +103,7 @@ def main(argv: list[str] | None = None) -> int:
         if runner.chosen(trials, options):
             tried = runner.run_all(trials, options, COMMAND)
             records |= tried
-            for name, r in sorted(
-                tried.items(), key=lambda run: (run[1]["settings"]["variant"], run[1]["settings"]["lr"])
-            ):
+            for name, r in tried.items():
                 loss = "diverged" if r["diverged"] else f"validation loss {r['validation_loss']:.4f}"
                 print(f"{name:20s} rate {r['settings']['lr']:g}  {loss}")
             if len(tried) < len(runner.chosen(trials, options)):
