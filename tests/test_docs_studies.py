@@ -265,10 +265,12 @@ def test_ages_by_chance_are_those_of_every_visible_token():
 def test_long_range_and_indexers_are_shown_once_there_are_records(root: Path):
     accuracy, selected = re.findall(r"(?<=--:\|\n).+?(?=\n\n|$)", studies.studies_long_range(root), re.DOTALL)
     assert accuracy.splitlines() == [
-        "| needle | dense | 2 | 62.5% (50.0%–75.0%) | 37.5% (25.0%–50.0%) |",
-        "| needle | gsa | 1 | 50.0% | 25.0% |",
+        "| dense | 2 | 62.5% (50.0%–75.0%) | 37.5% (25.0%–50.0%) |",
+        "| gsa | 1 | 50.0% | 25.0% |",
     ]
-    assert selected.splitlines() == ["| needle | gsa | 1 | 75.0% | 75.0% |"]
+    assert selected.splitlines() == ["| gsa | 1 | 75.0% | 75.0% |"]
+    titles = re.findall(r"^(\w+), (?:answered|how often)", studies.studies_long_range(root), re.MULTILINE)
+    assert titles == ["Needle", "Needle"]
     assert rows(studies.studies_indexers(root)) == [
         "| gated sigmoid | 0.3 | 0.001 | 0.500 | 75.0% (50.0%, 100.0%) | 90.0% (85.0%, 95.0%) | 1.23 | 5.68 |"
     ]

@@ -696,9 +696,12 @@ def studies_ages(root: Path, rule: str = "proportional") -> str:
 @needs(LONG_RANGE)
 def studies_long_range(root: Path) -> str:
     """`{{ studies_long_range }}`: accuracy by task, variant and length; and how often its token is selected."""
-    selected = "How often the position of the answer is among the selected ones, in one block at least:"
-    parts = [studies_picture(root, "lengths"), long_range_table(root, "accuracy")]
-    return "\n\n".join([*parts, selected, long_range_table(root, "selected_anywhere")])
+    parts = [studies_picture(root, "lengths")]
+    for task in dict.fromkeys(task for task, _ in long_range(root)):
+        selected = f"{task.capitalize()}, how often a position of the answer is selected, in one block at least:"
+        parts += [f"{task.capitalize()}, answered:", long_range_table(root, task, "accuracy")]
+        parts += [selected, long_range_table(root, task, "selected_anywhere")]
+    return "\n\n".join(parts)
 
 
 def long_range(root: Path) -> dict[tuple[str, str], list[Record]]:
@@ -709,11 +712,11 @@ def long_range(root: Path) -> dict[tuple[str, str], list[Record]]:
     return found
 
 
-def long_range_table(root: Path, measure: str) -> str:
-    groups = long_range(root)
+def long_range_table(root: Path, task: str, measure: str) -> str:
+    groups = {variant: runs for (name, variant), runs in long_range(root).items() if name == task}
     lengths = sorted({test["length"] for runs in groups.values() for r in runs for test in r["tests"]})
     rows = []
-    for (task, variant), runs in groups.items():
+    for variant, runs in groups.items():
         cells = []
         for L in lengths:
             found = sorted(
@@ -722,8 +725,8 @@ def long_range_table(root: Path, measure: str) -> str:
             ends = f" ({percent_1(found[0])}–{percent_1(found[-1])})" if len(found) > 1 else ""
             cells.append(percent_1(fmean(found)) + ends if found else "–")
         if set(cells) != {"–"}:
-            rows.append([task, variant, str(len(runs)), *cells])
-    return table(["task", "variant", "seeds", *(length(L) for L in lengths)], rows, left=2)
+            rows.append([variant, str(len(runs)), *cells])
+    return table(["variant", "seeds", *(length(L) for L in lengths)], rows)
 
 
 @needs(LONG_RANGE)
