@@ -41,9 +41,18 @@ def explained_as(fault: runner.Fault) -> tuple[Any, ...]:
     return fault.key if isinstance(fault, generated.Generated) else (fault.name,)
 
 
+def stem_of(fault: runner.Fault, outcome: runner.Outcome) -> str:
+    return fault.stems[0] if outcome.test else outcome.stem
+
+
 def entry(fault: runner.Fault, outcome: runner.Outcome) -> dict[str, Any]:
     """What the record keeps of a fault."""
-    found = {"verdict": outcome.verdict, "stem": outcome.stem, "detail": outcome.detail[:120], "case": outcome.case}
+    found = {
+        "verdict": outcome.verdict,
+        "stem": stem_of(fault, outcome),
+        "detail": outcome.detail[:120],
+        "case": outcome.case,
+    }
     if isinstance(fault, generated.Generated):
         return {**dict(zip(FIELDS, fault.key, strict=True)), "line": fault.line, **found}
     return {"key": list(fault.key), **found}
@@ -72,7 +81,10 @@ def main(argv: list[str] | None = None) -> int:
 
     def report(fault: runner.Fault, outcome: runner.Outcome) -> None:
         status = "killed   " if outcome.killed else "explained" if explained_as(fault) in explained else "SURVIVED "
-        print(f"{status}  {outcome.stem:18s} {fault.name[:90]:90s} {outcome.verdict} {outcome.detail[:90]}", flush=True)
+        print(
+            f"{status}  {stem_of(fault, outcome):18s} {fault.name[:90]:90s} {outcome.verdict} {outcome.detail[:90]}",
+            flush=True,
+        )
         if options.only:
             return
         entries[fault.key] = entry(fault, outcome)
@@ -83,7 +95,7 @@ def main(argv: list[str] | None = None) -> int:
     outcomes, control = runner.run_faults(faults, known, 5 if options.generated else 1, options.jobs, report)
     n_killed = sum(outcome.killed for outcome in outcomes.values())
     unexplained = [f for f in faults if not outcomes[f.key].killed and explained_as(f) not in explained]
-    print(f"\n{n_killed} of {len(faults)} faults turn `verify` red; the unchanged copy: {control.verdict}.")
+    print(f"\n{n_killed} of {len(faults)} faults turn a check red; the unchanged copy: {control.verdict}.")
     if unexplained:
         print(f"{len(unexplained)} faults survive without an explanation in {SURVIVORS.name}.")
     outdated = [] if options.only else stale(faults, outcomes, not options.generated)

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import pairwise
 from pathlib import Path
+from typing import ClassVar
 
 SEED = 0
 PER_KERNEL, PER_HELPER = 2, 1
@@ -69,6 +70,7 @@ class Generated:
     end: int = field(compare=False)
     text: str = field(compare=False)
     stems: tuple[str, ...] = field(compare=False)
+    test: ClassVar[str] = ""
 
     @property
     def key(self) -> tuple[str, str, str, str, str, int]:

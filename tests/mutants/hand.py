@@ -6,13 +6,17 @@ from pathlib import Path
 
 @dataclass(frozen=True)
 class Mutant:
-    """Replace `original`, which occurs once in gsa_fast/<file>, by `fault`; the check of `stem` must notice."""
+    """Replace `original`, which occurs once in gsa_fast/<file>, by `fault`; the check of `stem` must notice.
+
+    A fault that changes no result, but how much is computed for it, names the test that must notice instead.
+    """
 
     name: str
     stem: str
     file: str
     original: str
     fault: str
+    test: str = ""
 
     @property
     def stems(self) -> tuple[str, ...]:
@@ -122,7 +126,11 @@ MUTANTS = [
         ("entries of a tile on one another", "p_entry += step * n_new", "p_entry += step * (n_new > 0)"),
     ),
     *_of("indexed_selection", "_primitives.py", ("entry's score and position swapped", "(bits << 32) | position.to(tl.int64)", "(position.to(tl.int64) << 32) | bits")),
-    *_of("indexed_selection", "_primitives.py", ("candidates counted above the threshold", "return count + (score >= reach)", "return count + (score > reach)")),
+    Mutant(
+        "candidates counted above the threshold", "indexed_selection", "_primitives.py",
+        "return count + (score >= reach)", "return count + (score > reach)",
+        test="tests/fast/test_streamed.py::test_selection_is_the_stable_sort_of_the_computed_scores",
+    ),
     *_of(
         "indexed_selection",
         "selection/pick.py",

@@ -6,6 +6,7 @@ import multiprocessing
 import os
 import shutil
 import signal
+import subprocess
 import sys
 import tempfile
 import time
@@ -35,6 +36,8 @@ class Fault(Protocol):
     file: str
 
     @property
+    def test(self) -> str: ...
+    @property
     def name(self) -> str: ...
     @property
     def key(self) -> tuple[Any, ...]: ...
@@ -45,11 +48,12 @@ class Fault(Protocol):
 
 @dataclass(frozen=True)
 class Outcome:
-    """`verdict` is "FAIL", "CRASH", "TIMEOUT" or "pass"; `case` is the one that did not pass."""
+    """`verdict` is "FAIL", "CRASH", "TIMEOUT" or "pass"; `case` or `test` is what did not pass."""
 
     verdict: str
     detail: str = ""
     case: str = ""
+    test: str = ""
 
     @property
     def killed(self) -> bool:
@@ -62,10 +66,11 @@ class Outcome:
 
 @dataclass(frozen=True)
 class Task:
-    """Run `cases`, then draw `examples` cases of each of `stems`, on a copy with the fault, until one does not pass."""
+    """Run `cases` and `tests` on a copy with the fault, then draw cases of each of `stems`, until one does not pass."""
 
     fault: Fault | None
     cases: tuple[str, ...] = ()
+    tests: tuple[str, ...] = ()
     stems: tuple[str, ...] = ()
     share: int = 1  # the examples of `verify` are divided by it, down to LEAST_CASES
 
@@ -104,6 +109,9 @@ def check_copy(task: Task, folder: Path) -> Outcome:
                 check_case_in_time(case, "cpu", run.Row(case.stem, "float32"))
             except Exception as error:  # noqa: BLE001
                 return Outcome("FAIL", f"{type(error).__name__}: {error}".splitlines()[0], text)
+        for test in task.tests:
+            if not passes(test, folder):
+                return Outcome("FAIL", f"FAILED {test}", test=test)
         for stem in task.stems:
             examples = max(LEAST_CASES, run.INTERPRETER_EXAMPLES[stem] // task.share)
             for shard in run.shards_of((stem,), ("float32",), "cpu", {stem: examples}, seed=0):
@@ -111,6 +119,17 @@ def check_copy(task: Task, folder: Path) -> Outcome:
                 if row.failed:
                     return Outcome(row.verdict, row.detail.splitlines()[0], row.smallest_failure)
     return Outcome("pass")
+
+
+def passes(test: str, folder: Path) -> bool:
+    """Whether a test passes with the package in `folder`."""
+    # The folder it starts in comes first on Python's path, and the tests' own last: so gsa_fast is the copy.
+    options = ["-q", "-x", "-p", "no:cacheprovider", "--import-mode=append", "-c", str(ROOT / "pyproject.toml")]
+    command = [sys.executable, "-m", "pytest", *options, f"--rootdir={ROOT}", str(ROOT / test)]
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
+    if done.returncode not in (0, 1):
+        raise RuntimeError(f"{test}: expected a test that passes or fails, got {done.stdout}{done.stderr}")
+    return done.returncode == 0
 
 
 def run_in_children(tasks: list[Task], jobs: int) -> Iterator[tuple[int, Outcome, float]]:
@@ -154,7 +173,7 @@ def run_faults(
     jobs: int,
     report: Callable[[Fault, Outcome], None],
 ) -> tuple[dict[tuple[Any, ...], Outcome], Outcome]:
-    """The outcome of every fault by its key, and that of the unchanged copy on all cases that showed a fault.
+    """The outcome of every fault by its key, and that of the unchanged copy on all that showed a fault.
 
     Args:
         faults: those to apply, one at a time.
@@ -163,11 +182,14 @@ def run_faults(
         jobs: processes.
         report: called with every fault and its outcome as soon as there is one.
     """
-    tasks = [Task(f, (known[f.key],) if f.key in known else (), f.stems, share) for f in faults]
+    tasks = [
+        Task(f, (known[f.key],) if f.key in known else (), (f.test,) if f.test else (), f.stems, share) for f in faults
+    ]
     outcomes = {}
     for i, outcome, _ in run_in_children(tasks, jobs):
         outcomes[faults[i].key] = outcome
         report(faults[i], outcome)
     cases = tuple(dict.fromkeys(outcome.case for outcome in outcomes.values() if outcome.case))
-    _, control, _ = next(run_in_children([Task(None, cases)], 1))
+    tests = tuple(dict.fromkeys(outcome.test for outcome in outcomes.values() if outcome.test))
+    _, control, _ = next(run_in_children([Task(None, cases, tests)], 1))
     return outcomes, control
