@@ -136,16 +136,14 @@ def test_the_puzzle_is_unsolved_as_shipped(path):
     assert [output.text for output in checker.outputs] == ["not solved yet\n"]
 
 
-@each_notebook
-def test_the_checker_accepts_the_printed_solution_and_refuses_a_wrong_one(path):
-    notebook = nbformat.read(path, as_version=4)
+def puzzle_cells(path: Path) -> list[nbformat.NotebookNode]:
+    """The set-up of a notebook, its solution and the checker, a wrong one and the checker: no lesson in between."""
     (solution,) = (
         match[1]
         for cell in cells(path, "markdown")
         if (match := re.search(r"<details>.*```python\n(.*)```.*</details>", cell.source, re.DOTALL))
     )
-    (stub,) = (cell for cell in notebook.cells if "puzzle" in cell.metadata.get("tags", []))
-    (checker,) = (cell for cell in notebook.cells if "puzzle-check" in cell.metadata.get("tags", []))
+    (stub,), (checker,) = tagged(path, "puzzle"), tagged(path, "puzzle-check")
     (name,) = re.findall(r"^def (\w+)\(", solution, re.MULTILINE)
     wrong = f"""
 right = {name}
@@ -155,14 +153,18 @@ def {name}(*arguments):  # wrong in two ways
         warnings.warn("large")
     return right(*arguments) + 1e-6
 """
-    # The set-up and the puzzle; the lesson in between is not needed.
-    notebook.cells = [
-        next(cell for cell in notebook.cells if cell.cell_type == "code"),
-        *(nbformat.v4.new_code_cell(source) for source in (solution, checker.source, wrong, checker.source)),
-    ]
     assert stub.source.startswith(f"def {name}(")
-    folder = {"metadata": {"path": str(path.parent)}}
+    sources = cells(path, "code")[0].source, solution, checker.source, wrong, checker.source
+    return [nbformat.v4.new_code_cell(source) for source in sources]
+
+
+def test_the_checkers_accept_the_printed_solutions_and_refuse_wrong_ones():
+    """In one kernel, which takes seconds to start; nothing that a notebook defines is left to the next."""
+    groups = {path.stem: puzzle_cells(path) for path in NOTEBOOKS}
+    notebook = nbformat.read(NOTEBOOKS[0], as_version=4)
+    notebook.cells = [cell for group in groups.values() for cell in (nbformat.v4.new_code_cell("%reset -f"), *group)]
+    folder = {"metadata": {"path": str(NOTEBOOKS[0].parent)}}
     NotebookClient(notebook, resources=folder, timeout=120, coalesce_streams=True).execute()
-    accepted, _, refused = notebook.cells[2:]
-    assert [output.text for output in accepted.outputs] == ["solved\n"]
-    assert refused.outputs[0].text.startswith("wrong")
+    for name, (_, _, accepted, _, refused) in groups.items():
+        assert [output.text for output in accepted.outputs] == ["solved\n"], name
+        assert refused.outputs[0].text.startswith("wrong"), name
