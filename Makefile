@@ -94,8 +94,8 @@ mutants: $(VENV)/.dev ## apply faults to copies of the kernels; every one must t
 	$(BIN)/python -m tests.mutants --generated
 
 # On a GPU the compiler takes most of the time, so more processes help: make gpu JOBS=14. What asks for 4 GiB of memory
-# per test runs alone. The cheap properties run 200 times their examples: not those of gates inside attention, which compile
-# for every shape of heads. initcheck does not see what cuBLAS writes: of
+# per test runs alone. The cheap properties run 200 times their examples: not those of gates inside attention, which
+# compile for every shape of heads. initcheck does not see what cuBLAS writes: of
 # torch.nn.functional.linear(x, w).float() alone, in bfloat16, it reports every element. Hence no layer there.
 RESULTS   ?= benchmarks/results/h200
 SANITIZER ?= compute-sanitizer

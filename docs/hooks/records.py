@@ -6,7 +6,7 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from speed import table
+from speed import origin, table
 
 VERIFICATION = (
     "benchmarks/results/h200/verification.json",  # all stems
@@ -44,11 +44,7 @@ def _verification(root: Path, name: str) -> str:
     if record is None:
         return _no_record(name)
     lines = [f"From `{name}`:", ""]
-    lines += [f"- {field}: `{record[field]}`" for field in FIELDS]
-    lines += [
-        f"- {field}: " + ", ".join(f"`{x}`" for x in dict.fromkeys(row[field] for row in record["rows"]))
-        for field in ORIGIN
-    ]
+    lines += origin([record], *FIELDS) + origin(record["rows"], *ORIGIN)
     lines += ["", "| " + " | ".join(c.replace("_", " ") for c in COLUMNS) + " |", "|---|---|" + "--:|" * 4 + "---|--:|"]
     lines += ["| " + " | ".join(_cell(row[column]) for column in COLUMNS) + " |" for row in record["rows"]]
     lines += ["", "Error and budget are those of the case that came nearest its budget; *longest* is in tokens."]

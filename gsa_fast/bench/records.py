@@ -1,14 +1,13 @@
 """Records: a list of measurements in one JSON file, in which a newer one replaces an older one of the same thing."""
 
 import json
-import os
 from pathlib import Path
 from typing import Any
 
 import torch
 import triton
 
-from gsa_fast.verification.records import code_version
+from gsa_fast.verification.records import code_version, read_json, replace_text
 
 Record = dict[str, Any]
 
@@ -59,18 +58,13 @@ def read(path: Path) -> list[Record]:
     """
     if not path.is_file():
         return []
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{path}: expected a list of records, got no JSON ({error})") from None
+    found = read_json(path, "a list of records")
     if not isinstance(found, list) or not all(isinstance(record, dict) for record in found):
         raise ValueError(f"{path}: expected a list of records, got {type(found).__name__}")
     return found
 
 
 def write(path: Path, new: list[Record]) -> None:
-    """Merge records into a file. The file is replaced in one step, so that an interrupted run leaves a whole one."""
+    """Merge records into a file, which is replaced in one step."""
     text = json.dumps(merged(read(path), new), indent=1, ensure_ascii=False, allow_nan=False)
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(text + "\n", encoding="utf-8")
-    os.replace(partial, path)
+    replace_text(path, text + "\n")

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 import subprocess
 from pathlib import Path
 from typing import Any
@@ -53,8 +54,7 @@ def write(path: Path, new: dict[str, Any], key: tuple[str, ...]) -> None:
     Raises:
         ValueError: the file exists and holds no JSON object.
     """
-    text = json.dumps(with_rows_of(read(path), new, key), indent=1, ensure_ascii=False)
-    path.write_text(text + "\n", encoding="utf-8")
+    replace_text(path, json.dumps(with_rows_of(read(path), new, key), indent=1, ensure_ascii=False) + "\n")
 
 
 def read(path: Path) -> dict[str, Any] | None:
@@ -65,10 +65,26 @@ def read(path: Path) -> dict[str, Any] | None:
     """
     if not path.is_file():
         return None
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{path}: expected a record, got no JSON ({error})") from None
+    found = read_json(path, "a record")
     if not isinstance(found, dict):
         raise ValueError(f"{path}: expected a record, got {type(found).__name__}")
     return found
+
+
+def read_json(path: Path, expected: str) -> Any:
+    """What a file holds.
+
+    Raises:
+        ValueError: no JSON; the message says that `expected` was.
+    """
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path}: expected {expected}, got no JSON ({error})") from None
+
+
+def replace_text(path: Path, text: str) -> None:
+    """Replace a file in one step, so that an interrupted run leaves the old one whole."""
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text(text, encoding="utf-8")
+    os.replace(partial, path)

@@ -291,6 +291,7 @@ def format_table(rows: list[Row]) -> str:
 
 def record(rows: list[Row], device: str, command: str, seed: int) -> dict[str, Any]:
     """What `--json` writes: enough to run it again. Every row says which command it is of."""
+    origin = {"command": command, **code_version()}
     return {
         "suite": "verification",
         "device": torch.cuda.get_device_name() if device == "cuda" else "Triton interpreter on a CPU",
@@ -298,5 +299,5 @@ def record(rows: list[Row], device: str, command: str, seed: int) -> dict[str, A
         "triton": triton.__version__,
         "python": platform.python_version(),
         "seed": seed,
-        "rows": [asdict(row) | {"command": command} | code_version() for row in rows],
+        "rows": [asdict(row) | origin for row in rows],
     }
